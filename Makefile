@@ -1,0 +1,53 @@
+# Every target does its own set-up (.ci/setup): on a fresh Debian 12, as root or with sudo, `make demo` is enough.
+
+BIN := .venv/bin
+ROUNDS ?= 5
+SIZE ?= 1024
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench soak lock clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Install the Debian packages and the virtual environment that the others need.
+	@.ci/setup
+
+demo: setup ## Load real models while they download: about three minutes, live.
+	@$(BIN)/python tests/demo/demo.py $(ARGS)
+
+test: setup ## Run all the tests. ARGS='tests/core -k planner' runs some.
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest -q tests/core --cov=weightfs.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+	$(BIN)/python -m pytest -q --ignore=tests/core
+else
+	$(BIN)/python -m pytest $(ARGS)
+endif
+
+lint: setup ## Style, types and the rules of import between layers.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## Let ruff format and sort what it can.
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: ## Measure beside curl, aria2 and rclone into build/bench.{txt,json}. ROUNDS=1 SIZE=256 (MiB) for a quick look.
+	@.ci/setup bench
+	@$(BIN)/python tests/bench/bench.py --rounds $(ROUNDS) --size $(SIZE) $(ARGS)
+
+soak: setup ## The model and property tests for a long time (Hypothesis profile "soak").
+	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model
+
+lock: setup ## Resolve the dependencies of pyproject.toml again into .lock/.
+	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 pyproject.toml -o .lock/run.txt
+	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --group dev pyproject.toml -o .lock/dev.txt
+	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --group pyproject.toml:build \
+	  -c .lock/dev.txt -o .lock/build.txt
+
+clean: ## Remove everything that was built, the virtual environment too.
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
