@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -23,17 +24,24 @@ import trio
 
 BLOCK = 64 * 1024  # what one connection may send before another has its turn
 CATCH_UP = 0.005  # seconds of sending that a late wake-up may make good: timers are not exact
-IN_FLIGHT = (
-    4096  # blocks on their way in one direction of one connection: 256 MiB, past any rate x latency here
-)
+SOCKET_BUFFER = 4 * BLOCK  # what may pile up unseen between server and relay
+FEWEST_IN_FLIGHT = 8  # blocks on their way in one direction of one connection, if rate x latency is less
+MOST_IN_FLIGHT = 1024
+UNLIMITED = 1e12  # bytes per second
 
 
 @dataclass(slots=True)
 class _Wire:
     """One direction: when the last reserved byte will have left."""
 
-    rate: float  # bytes per second; infinite for none
+    rate: float  # bytes per second
+    delay: float  # seconds
     free_at: float = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        """How many blocks one connection may have on the wire."""
+        return int(min(MOST_IN_FLIGHT, max(FEWEST_IN_FLIGHT, 2 * self.rate * self.delay / BLOCK)))
 
     def reserve(self, count: int, now: float) -> float:
         """The time at which `count` bytes, sent now, have left."""
@@ -41,16 +49,16 @@ class _Wire:
         return self.free_at
 
 
-async def _pump(source: trio.SocketStream, sink: trio.SocketStream, wire: _Wire, delay: float) -> None:
+async def _pump(source: trio.SocketStream, sink: trio.SocketStream, wire: _Wire) -> None:
     """Relay until `source` ends, then end `sink`."""
-    send, receive = trio.open_memory_channel[tuple[float, bytes]](IN_FLIGHT)
+    send, receive = trio.open_memory_channel[tuple[float, bytes]](wire.in_flight)
 
     async def read() -> None:
         async with send:
             while data := await source.receive_some(BLOCK):
                 left = wire.reserve(len(data), trio.current_time())
                 await trio.sleep_until(left)
-                await send.send((left + delay, data))
+                await send.send((left + wire.delay, data))
 
     async def write() -> None:
         async for due, data in receive:
@@ -63,47 +71,52 @@ async def _pump(source: trio.SocketStream, sink: trio.SocketStream, wire: _Wire,
         nursery.start_soon(write)
 
 
-async def _serve(client: trio.SocketStream, *, port: int, down: _Wire, up: _Wire, delay: float) -> None:
+async def _serve(client: trio.SocketStream, *, port: int, down: _Wire, up: _Wire) -> None:
     try:
-        await trio.sleep(2 * delay)
+        await trio.sleep(down.delay + up.delay)
         async with await trio.open_tcp_stream("127.0.0.1", port) as server, trio.open_nursery() as nursery:
-            nursery.start_soon(_pump, client, server, up, delay)
-            nursery.start_soon(_pump, server, client, down, delay)
+            server.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, SOCKET_BUFFER)
+            nursery.start_soon(_pump, client, server, up)
+            nursery.start_soon(_pump, server, client, down)
     except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
         pass  # either end went away: so does the connection
 
 
-async def relay(target: int, *, rate: float, latency: float) -> None:
-    """Relay loopback connections to port `target` for ever; prints the port it listens on."""
-    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    print(listener.socket.getsockname()[1], flush=True)  # noqa: T201  the protocol with the parent
-    handler = partial(_serve, port=target, down=_Wire(rate), up=_Wire(float("inf")), delay=latency / 2)
-    await trio.serve_listeners(handler, [listener])
+async def relay(targets: Sequence[int], *, rate: float, latency: float) -> None:
+    """Relay loopback connections to `targets` for ever; prints the ports it listens on, in their order."""
+    down, up = _Wire(rate, latency / 2), _Wire(UNLIMITED, latency / 2)
+    async with trio.open_nursery() as nursery:
+        ports = []
+        for port in targets:
+            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            ports.append(str(listeners[0].socket.getsockname()[1]))
+            handler = partial(_serve, port=port, down=down, up=up)
+            nursery.start_soon(trio.serve_listeners, handler, listeners)
+        print(*ports, flush=True)  # noqa: T201  the protocol with the parent
 
 
 class Link:
-    """A relay process in front of a loopback port.
+    """A relay process in front of one or more loopback ports; `ports` are those that clients connect to.
 
     Args:
-        target: the port that it relays to.
+        targets: the ports that it relays to; they share the rate.
         rate: bytes per second towards the clients, all connections together.
         latency: of a round trip, in seconds.
     """
 
-    def __init__(self, target: int, *, rate: float = float("inf"), latency: float = 0.0) -> None:
-        self._arguments = [str(target), "--rate", str(rate), "--latency", str(latency)]
+    def __init__(self, *targets: int, rate: float = UNLIMITED, latency: float = 0.0) -> None:
+        self._arguments = [*map(str, targets), "--rate", str(rate), "--latency", str(latency)]
         self._process: subprocess.Popen[str] | None = None
-        self.port = 0
+        self.ports: tuple[int, ...] = ()
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "weightfs.testing.link", *self._arguments]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603  our own module
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.strip().isdigit():
+        self.ports = tuple(map(int, self._process.stdout.readline().split()))
+        if not self.ports:
             self.stop()
             raise RuntimeError("the link did not start")
-        self.port = int(line)
         return self
 
     def __exit__(
@@ -120,16 +133,14 @@ class Link:
 
 
 def main() -> None:
-    """Run as `python -m weightfs.testing.link PORT`."""
-    parser = argparse.ArgumentParser(description="Relay loopback connections to PORT over a slower link.")
-    parser.add_argument("port", type=int)
-    parser.add_argument(
-        "--rate", type=float, default=float("inf"), help="bytes per second, all connections together"
-    )
+    """Run as `python -m weightfs.testing.link PORT…`."""
+    parser = argparse.ArgumentParser(description="Relay loopback connections over a slower link.")
+    parser.add_argument("ports", type=int, nargs="+", metavar="PORT", help="loopback port to relay to")
+    parser.add_argument("--rate", type=float, default=UNLIMITED, help="bytes per second, all together")
     parser.add_argument("--latency", type=float, default=0.0, help="round trip in seconds")
     arguments = parser.parse_args()
     try:
-        trio.run(partial(relay, arguments.port, rate=arguments.rate, latency=arguments.latency))
+        trio.run(partial(relay, arguments.ports, rate=arguments.rate, latency=arguments.latency))
     except KeyboardInterrupt:
         sys.exit(130)
 
