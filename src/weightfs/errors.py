@@ -17,7 +17,8 @@ the person can do. Third-party exceptions are translated to these where the libr
     │   ├── CacheBusyError                another weightfs owns the cache directory
     │   ├── CacheFormatError              made by a newer weightfs
     │   ├── CacheCorruptError             the index cannot be read
-    │   └── NoSpaceError
+    │   ├── NoSpaceError
+    │   └── DiskFault                     the disk, or a hand in the cache, lost or changed bytes
     ├── MountError                    6   mount point, /dev/fuse, fusermount3, stale mount
     └── DaemonError                   7   the daemon did not answer, or ended before it served
 """
@@ -127,6 +128,17 @@ class CacheCorruptError(CacheError):
 
 class NoSpaceError(CacheError):
     """The cache's filesystem or quota has no room left."""
+
+
+class DiskFault(CacheError):  # noqa: N818 - a fault of the disk, as the design names it
+    """A data file of the cache gave an I/O error, ended early, or is not the file that it was.
+
+    `blob` is the blob's id in hex, or empty where the fault is not one blob's.
+    """
+
+    def __init__(self, message: str, *, blob: str = "") -> None:
+        super().__init__(message)
+        self.blob = blob
 
 
 class MountError(WeightfsError):
