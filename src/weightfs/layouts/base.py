@@ -1,0 +1,45 @@
+"""How manifests appear as directories: a layout is a pure function from manifests to paths.
+
+A layout never does I/O and never depends on what is cached. The same blob may appear at many paths: it has
+one inode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from weightfs.core.manifest import Blob, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A regular file with a blob's bytes."""
+
+    blob: Blob
+
+
+@dataclass(frozen=True, slots=True)
+class Dir:
+    """A directory that exists even if nothing is in it; those above a file or link need not be listed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A symbolic link; `target` is relative, so that it holds wherever the mount is."""
+
+    target: str
+
+
+class Layout(Protocol):
+    """A way to present manifests. Conformance: `weightfs.testing.layouts.LayoutTests`."""
+
+    @property
+    def name(self) -> str:
+        """The directory below the mount's root that holds everything of this layout."""
+        ...
+
+    def entries(self, manifests: Sequence[Manifest]) -> Iterable[tuple[str, File | Dir | Link]]:
+        """Paths below the mount's root (`check_path` accepts each) and what is there, in a fixed order."""
+        ...

@@ -1,0 +1,222 @@
+"""The tree of names, and its inode numbers. Pure.
+
+Numbers follow from content: a file's from its blob's id (so that one blob has one inode, and the kernel one
+copy of its pages, wherever it appears), a directory's from its path. They are the same after a restart, and
+the root is 1. A tree never changes: a new one is built, and what is open stays with its own nodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from weightfs.core.manifest import Blob, check_path
+from weightfs.layouts.base import Dir, File, Link
+
+ROOT = 1
+_BITS = (1 << 62) - 1  # inode numbers and directory offsets stay positive in signed 64-bit fields everywhere
+_DOTS = 2  # offsets 1 and 2 are `.` and `..`
+
+
+@dataclass(frozen=True, slots=True)
+class FileNode:
+    """A blob; `links` names lead to it."""
+
+    ino: int
+    blob: Blob
+    links: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkNode:
+    """A symbolic link."""
+
+    ino: int
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class DirNode:
+    """A directory. `cookies[i]` is the offset of `names[i]`, ascending; it depends on the name alone."""
+
+    ino: int
+    parent: int
+    subdirectories: int
+    children: dict[str, int] = field(repr=False)
+    cookies: tuple[int, ...] = field(repr=False)
+    names: tuple[str, ...] = field(repr=False)
+
+
+Node = FileNode | LinkNode | DirNode
+
+
+def number_of(key: bytes, attempt: int) -> int:
+    """A 62-bit number for `key`; the next `attempt` gives another one."""
+    return int.from_bytes(hashlib.sha256(attempt.to_bytes(4, "big") + key).digest()[:8], "big") & _BITS
+
+
+class Namespace:
+    """All nodes by inode number. `conflicts`: a sentence for each path that is not as a layout wanted it."""
+
+    def __init__(self, nodes: dict[int, Node], conflicts: tuple[str, ...]) -> None:
+        self._nodes = nodes
+        self.conflicts = conflicts
+
+    @classmethod
+    def build(
+        cls,
+        entries: Iterable[tuple[str, File | Dir | Link]],
+        *,
+        number: Callable[[bytes, int], int] = number_of,
+    ) -> Namespace:
+        """Make the tree. Never fails: what cannot be placed is left out or renamed, and in `conflicts`."""
+        placed, conflicts = _place(entries)
+        return cls(_link_up(placed, number), tuple(conflicts))
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def node(self, ino: int) -> Node | None:
+        """The node with this number."""
+        return self._nodes.get(ino)
+
+    def lookup(self, parent: int, name: str) -> Node | None:
+        """The child `name` of a directory; `.` and `..` too."""
+        directory = self._nodes.get(parent)
+        if not isinstance(directory, DirNode):
+            return None
+        match name:
+            case ".":
+                return directory
+            case "..":
+                return self._nodes[directory.parent]
+            case _:
+                ino = directory.children.get(name)
+                return None if ino is None else self._nodes[ino]
+
+    def listing(self, directory: DirNode, after: int) -> Iterator[tuple[int, str, Node]]:
+        """Yield (offset, name, node) of everything past the offset `after`; 0 is the start.
+
+        A listing that goes on in a newer tree neither repeats nor skips a name that is in both.
+        """
+        if after < 1:
+            yield 1, ".", directory
+        if after < _DOTS:
+            yield _DOTS, "..", self._nodes.get(directory.parent, directory)
+        for index in range(bisect_right(directory.cookies, after), len(directory.cookies)):
+            name = directory.names[index]
+            node = self._nodes.get(directory.children[name])
+            if node is not None:  # gone since the directory was opened
+                yield directory.cookies[index], name, node
+
+
+def _place(
+    entries: Iterable[tuple[str, File | Dir | Link]],
+) -> tuple[dict[str, File | Dir | Link], list[str]]:
+    """Give each path one entry, and each entry's ancestors a directory."""
+    wanted: list[tuple[str, File | Dir | Link]] = []
+    conflicts: list[str] = []
+    directories: set[str] = set()
+    for path, entry in entries:
+        try:
+            check_path(path)
+        except ValueError as error:
+            conflicts.append(f"A layout's path {path[:200]!r} is left out: {error}.")
+            continue
+        wanted.append((path, entry))
+        parts = path.split("/")
+        directories.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
+        if isinstance(entry, Dir):
+            directories.add(path)
+    placed: dict[str, File | Dir | Link] = {path: Dir() for path in directories}
+    for path, entry in wanted:
+        if isinstance(entry, Dir) or placed.setdefault(path, entry) is entry or _same(placed[path], entry):
+            continue
+        other = f"{path}~{str(entry.blob.id)[:8]}" if isinstance(entry, File) else None
+        if (
+            other is None
+            or len(other.rsplit("/", 1)[-1].encode()) > 255
+            or not _same(placed.setdefault(other, entry), entry)
+        ):
+            conflicts.append(f"The path {path!r} is taken twice; one of the two is left out.")
+        else:
+            conflicts.append(f"The path {path!r} is taken twice; one of the two is at {other!r}.")
+    return placed, conflicts
+
+
+def _same(one: File | Dir | Link, other: File | Dir | Link) -> bool:
+    if isinstance(one, File) and isinstance(other, File):
+        return one.blob.id == other.blob.id
+    return one == other
+
+
+def _key(path: str, entry: File | Dir | Link) -> bytes:
+    match entry:
+        case File(blob):
+            return b"file\0" + blob.id.raw
+        case Link(target):
+            return f"link\0{path}\0{target}".encode()
+        case Dir():
+            return f"dir\0{path}".encode()
+
+
+def _numbers(keys: Iterable[bytes], number: Callable[[bytes, int], int]) -> dict[bytes, int]:
+    """A number for each key. Sorted: who gives way in a collision does not depend on the entries' order."""
+    numbers: dict[bytes, int] = {}
+    taken = {0, ROOT}
+    for key in sorted(set(keys)):
+        attempt = 0
+        while (ino := number(key, attempt)) in taken:
+            attempt += 1
+        taken.add(ino)
+        numbers[key] = ino
+    return numbers
+
+
+def _link_up(placed: dict[str, File | Dir | Link], number: Callable[[bytes, int], int]) -> dict[int, Node]:
+    keys = {path: _key(path, entry) for path, entry in placed.items()}
+    numbers = _numbers(keys.values(), number)
+    inos = {path: numbers[key] for path, key in keys.items()} | {"": ROOT}
+    children: dict[str, dict[str, int]] = {"": {}}
+    links: dict[int, int] = {}
+    for path, entry in placed.items():
+        parent, _, name = path.rpartition("/")
+        children.setdefault(parent, {})[name] = inos[path]
+        links[inos[path]] = links.get(inos[path], 0) + 1
+        if isinstance(entry, Dir):
+            children.setdefault(path, {})
+    nodes: dict[int, Node] = {}
+    for path, entry in placed.items():
+        match entry:
+            case File(blob):
+                nodes.setdefault(inos[path], FileNode(inos[path], blob, links[inos[path]]))
+            case Link(target):
+                nodes[inos[path]] = LinkNode(inos[path], target)
+            case Dir():
+                pass
+    subdirectories: dict[str, int] = {}
+    for path in children:
+        if path:
+            parent = path.rpartition("/")[0]
+            subdirectories[parent] = subdirectories.get(parent, 0) + 1
+    for path, names in children.items():
+        order = _offsets(names, number)
+        parent = path.rpartition("/")[0]
+        nodes[inos[path]] = DirNode(
+            inos[path], inos[parent], subdirectories.get(path, 0), names, tuple(order), tuple(order.values())
+        )
+    return nodes
+
+
+def _offsets(names: Iterable[str], number: Callable[[bytes, int], int]) -> dict[int, str]:
+    """Directory offset → name, ascending by offset."""
+    offsets: dict[int, str] = {}
+    for name in sorted(names):
+        key = b"name\0" + name.encode()
+        attempt = 0
+        while (offset := number(key, attempt)) <= _DOTS or offset in offsets:
+            attempt += 1
+        offsets[offset] = name
+    return dict(sorted(offsets.items()))

@@ -1,0 +1,394 @@
+"""A thin pyfuse3 skin: kernel requests in, the namespace's and the engine's answers out.
+
+Rules: nothing but FUSEError leaves a handler (anything else would end pyfuse3's loop and with it the mount).
+Only `read` waits. `open` never fails for reasons of data. A handle's number is its inode's, so that it can be
+told again after a restart, and what is open stays readable when its name is gone. Inodes never change
+content: `keep_cache`.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, InodeT, ModeT, StatvfsData
+
+from weightfs.core.geometry import ByteSpan
+from weightfs.errors import ReadError
+from weightfs.mount.errno import errno_of
+from weightfs.mount.inodes import DirNode, FileNode, LinkNode, Namespace, Node
+from weightfs.mount.penance import Penance, Sentence
+from weightfs.mount.ports import MountedEngine, Status
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ENTRY_TIMEOUT = 1.0  # seconds: a name may go, or lead to a newer blob; the kernel is never told so
+INCOMPLETE_TIMEOUT = 1.0  # st_blocks grows
+COMPLETE_TIMEOUT = 60.0  # st_blocks shrinks only if the blob is evicted
+_BLOCK = 512  # of st_blocks
+_PAGE = 4096
+XATTR_PREFIX = "user.weightfs."
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A read that has not been answered: `age` in seconds."""
+
+    ino: int
+    span: ByteSpan
+    age: float
+
+
+@dataclass(slots=True)
+class MountStats:
+    """Counters of one mount since its start; read at any time from the same trio run."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    failed_reads: int = 0  # answered with an errno
+    refused_reads: int = 0  # of these: from the memory of an earlier failure, without a fetch
+    held: int = 0  # answers held right now
+    internal_errors: int = 0  # handlers that met an error nobody foresaw
+    _waiting: dict[int, tuple[int, ByteSpan, float]] = field(default_factory=dict)
+
+    def in_flight(self, now: float) -> Iterator[InFlight]:
+        """Yield the reads that are not answered yet, oldest first; `now` is trio's current time."""
+        for ino, span, since in self._waiting.values():
+            yield InFlight(ino, span, now - since)
+
+
+@dataclass(slots=True)
+class _Open:
+    node: FileNode
+    handles: int
+
+
+def _text(name: bytes) -> str:
+    """Names are UTF-8 whatever the locale is; others are none of ours and are simply not found."""
+    return name.decode(errors="surrogateescape")
+
+
+def _raw(name: str) -> bytes:
+    return name.encode(errors="surrogateescape")
+
+
+def _guarded(
+    method: Callable[Concatenate[WeightOperations, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[WeightOperations, P], Coroutine[Any, Any, R]]:
+    """Turn whatever a handler raises into FUSEError(EIO), and log it."""
+
+    async def handler(self: WeightOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await method(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except Exception:  # noqa: BLE001 - the loop must live; the request is answered and the error is told
+            self.stats.internal_errors += 1
+            _log.exception("The handler %s failed; the caller gets EIO", method.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    functools.update_wrapper(handler, method)
+    return handler
+
+
+class WeightOperations(pyfuse3.Operations):
+    """The handlers. `on_init` runs inside pyfuse3's `init` operation (the descriptor changes hands there)."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(
+        self, engine: MountedEngine, namespace: Namespace, stats: MountStats, on_init: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self.stats = stats
+        self._engine = engine
+        self._namespace = namespace
+        self._on_init = on_init
+        self._open: dict[int, _Open] = {}
+        self._penance = Penance()
+        self._stopping = trio.Event()
+        self._serial = itertools.count()
+        self._uid = os.geteuid()
+        self._gid = os.getegid()
+        self._changed_at = 0
+
+    def show(self, namespace: Namespace, now: int) -> None:
+        """Replace the tree of names, as of `now` (seconds since 1970, the directories' mtime)."""
+        self._namespace = namespace
+        self._changed_at = now
+
+    def stop_holding(self) -> None:
+        """From now on failing reads are answered at once: the mount is about to go."""
+        self._stopping.set()
+
+    def init(self) -> None:
+        """Called by libfuse when its half of the handshake is done."""
+        self._on_init()
+
+    # --- names
+
+    @_guarded
+    async def lookup(
+        self, parent_inode: InodeT, name: bytes, _ctx: pyfuse3.RequestContext
+    ) -> EntryAttributes:
+        """ENOENT for what is not there; never cached, for a ref may be added at any time."""
+        node = self._namespace.lookup(parent_inode, _text(name))
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        return self._attributes(node)
+
+    @_guarded
+    async def getattr(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> EntryAttributes:
+        """Attributes from memory, also of an open file whose name is gone."""
+        return self._attributes(self._node(inode))
+
+    @_guarded
+    async def readlink(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> bytes:
+        """The target of a link of the layout."""
+        node = self._node(inode)
+        if not isinstance(node, LinkNode):
+            raise FUSEError(errno.EINVAL)
+        return _raw(node.target)
+
+    @_guarded
+    async def access(self, inode: InodeT, mode: ModeT, _ctx: pyfuse3.RequestContext) -> bool:
+        """The kernel checks the rest (default_permissions)."""
+        self._node(inode)
+        if mode & os.W_OK:
+            raise FUSEError(errno.EROFS)
+        return True
+
+    @_guarded
+    async def opendir(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> FileHandleT:
+        """The handle is the inode."""
+        if not isinstance(self._node(inode), DirNode):
+            raise FUSEError(errno.ENOTDIR)
+        return FileHandleT(inode)
+
+    @_guarded
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """Names with their attributes (READDIRPLUS), from the newest tree that has the directory."""
+        node = self._namespace.node(fh)
+        if not isinstance(node, DirNode):
+            return  # the directory is gone: it has no more entries
+        for offset, name, child in self._namespace.listing(node, start_id):
+            if not pyfuse3.readdir_reply(token, _raw(name), self._attributes(child), offset):
+                return
+
+    @_guarded
+    async def releasedir(self, fh: FileHandleT) -> None:
+        """Nothing is kept for a directory."""
+
+    # --- bytes
+
+    @_guarded
+    async def open(self, inode: InodeT, flags: FlagT, _ctx: pyfuse3.RequestContext) -> FileInfo:
+        """Never waits or fails for reasons of data: safetensors takes any error for a missing file."""
+        node = self._node(inode)
+        if isinstance(node, DirNode):
+            raise FUSEError(errno.EISDIR)
+        if not isinstance(node, FileNode):
+            raise FUSEError(errno.ELOOP)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise FUSEError(errno.EROFS)
+        held = self._open.setdefault(inode, _Open(node, 0))
+        held.handles += 1
+        try:
+            self._engine.opened(node.blob.id)
+        except Exception:  # noqa: BLE001 - the rule above is stronger than any contract
+            self.stats.internal_errors += 1
+            _log.exception("The engine failed to note that blob %s was opened", node.blob.id)
+        return FileInfo(fh=FileHandleT(inode), keep_cache=True)
+
+    @_guarded
+    async def release(self, fh: FileHandleT) -> None:
+        """The last handle's release forgets the node."""
+        held = self._open.get(fh)
+        if held is None:
+            return
+        held.handles -= 1
+        if not held.handles:
+            del self._open[fh]
+        self._engine.released(held.node.blob.id)
+
+    @_guarded
+    async def flush(self, fh: FileHandleT) -> None:
+        """Nothing is ever dirty."""
+
+    @_guarded
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        """Bytes [off, off + size), clipped at the end; a failing answer is held back (see `penance`)."""
+        node = self._node(fh)
+        if not isinstance(node, FileNode):
+            raise FUSEError(errno.EISDIR)
+        span = ByteSpan(off, off + size).clamp(node.blob.size)
+        if not len(span):
+            return b""
+        now = trio.current_time()
+        sentence = self._penance.recall(node.ino, span, now)
+        if sentence is not None:
+            self.stats.refused_reads += 1
+            raise await self._refusal(sentence)
+        serial = next(self._serial)
+        self.stats._waiting[serial] = (node.ino, span, now)
+        try:
+            data = await self._engine.read(node.blob.id, span)
+            if len(data) != len(span):  # never zeros or stale bytes for a short answer
+                raise ValueError(f"the engine gave {len(data)} bytes for {len(span)}")
+        except Exception as error:  # noqa: BLE001 - every kind of failure is held back alike
+            sentence = self._failure(node, span, error)
+        else:
+            self.stats.reads += 1
+            self.stats.read_bytes += len(span)
+            self._penance.forgive(node.ino, span)
+            return data
+        finally:
+            del self.stats._waiting[serial]
+        raise await self._refusal(sentence)
+
+    def _failure(self, node: FileNode, span: ByteSpan, error: Exception) -> Sentence:
+        whole = False
+        if isinstance(error, ReadError):
+            if 0 <= error.chunk < node.blob.shape.chunk_count:
+                span, whole = node.blob.shape.span_of(error.chunk), True
+        else:
+            self.stats.internal_errors += 1
+        sentence = self._penance.failed(node.ino, span, errno_of(error), trio.current_time(), whole=whole)
+        where = f"bytes [{span.start}, {span.stop}) of blob {node.blob.id}"
+        if not isinstance(error, ReadError):
+            _log.error("A read of %s met an unforeseen error", where, exc_info=error)
+        elif not self._stopping.is_set():
+            _log.warning("A read of %s failed (%d in a row): %s", where, sentence.failures, error)
+        return sentence
+
+    async def _refusal(self, sentence: Sentence) -> FUSEError:
+        """Hold the answer, then give it."""
+        self.stats.failed_reads += 1
+        self.stats.held += 1
+        try:
+            with trio.move_on_after(sentence.hold):
+                await self._stopping.wait()
+        finally:
+            self.stats.held -= 1
+        return FUSEError(sentence.errno)
+
+    # --- the rest
+
+    @_guarded
+    async def statfs(self, _ctx: pyfuse3.RequestContext) -> StatvfsData:
+        """Room of the cache, from memory; also the probe of a mount's health."""
+        space = self._engine.statfs()
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = _PAGE
+        data.f_blocks = space.total_bytes // _PAGE
+        data.f_bfree = data.f_bavail = space.free_bytes // _PAGE
+        data.f_files = len(self._namespace)
+        data.f_ffree = data.f_favail = 0
+        data.f_namemax = 255
+        return data
+
+    @_guarded
+    async def getxattr(self, inode: InodeT, name: bytes, _ctx: pyfuse3.RequestContext) -> bytes:
+        """`user.weightfs.{state,digest,cached,source}` of files."""
+        value = self._xattrs(self._node(inode)).get(_text(name))
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value.encode(errors="surrogateescape")
+
+    @_guarded
+    async def listxattr(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        """Those that the file has."""
+        return [name.encode() for name in self._xattrs(self._node(inode))]
+
+    @_guarded
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        """Nothing is ever dirty."""
+
+    @_guarded
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """Nothing is ever dirty."""
+
+    # --- helpers
+
+    def _node(self, inode: int) -> Node:
+        node = self._namespace.node(inode)
+        if node is None:
+            held = self._open.get(inode)
+            if held is None:
+                raise FUSEError(errno.ESTALE)
+            node = held.node
+        return node
+
+    def _status(self, node: FileNode) -> Status | None:
+        try:
+            return self._engine.blob_status(node.blob.id)
+        except KeyError:  # removed while it is open
+            return None
+
+    def _attributes(self, node: Node) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = InodeT(node.ino)
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.entry_timeout = ENTRY_TIMEOUT
+        entry.attr_timeout = INCOMPLETE_TIMEOUT
+        entry.st_blksize = _PAGE
+        changed = self._changed_at
+        match node:
+            case FileNode(blob=blob):
+                status = self._status(node)
+                entry.st_mode = ModeT(stat.S_IFREG | 0o444)
+                entry.st_nlink = node.links
+                entry.st_size = blob.size
+                present = 0 if status is None else min(status.present_bytes, blob.size)
+                # Never 0 for a file with content: `tar -S` would archive zeros without reading.
+                entry.st_blocks = max(1 if blob.size else 0, -(-present // _PAGE)) * (_PAGE // _BLOCK)
+                if status is not None:
+                    changed = status.mtime
+                    if status.complete:
+                        entry.attr_timeout = COMPLETE_TIMEOUT
+            case LinkNode(target=target):
+                entry.st_mode = ModeT(stat.S_IFLNK | 0o777)
+                entry.st_size = len(_raw(target))
+            case DirNode(subdirectories=subdirectories):
+                entry.st_mode = ModeT(stat.S_IFDIR | 0o555)
+                entry.st_nlink = 2 + subdirectories
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = changed * 1_000_000_000
+        return entry
+
+    def _xattrs(self, node: Node) -> dict[str, str]:
+        status = self._status(node) if isinstance(node, FileNode) else None
+        if status is None:
+            return {}
+        values = {
+            "state": str(status.trust),
+            "digest": f"sha256:{status.sha256}" if status.sha256 else "",
+            "cached": str(status.present_bytes),
+            "source": "\n".join(status.sources),
+        }
+        return {XATTR_PREFIX + name: value for name, value in values.items() if value}
+
+
+async def _refuse_write(_self: WeightOperations, *_args: object) -> NoReturn:
+    """Refuse to change anything. On a read-only mount the kernel mostly does so before we are asked."""
+    raise FUSEError(errno.EROFS)
+
+
+for _name in (
+    *("create", "link", "mkdir", "mknod", "removexattr", "rename", "rmdir", "setattr", "setxattr", "symlink"),
+    *("unlink", "write"),
+):
+    setattr(WeightOperations, _name, _refuse_write)

@@ -1,0 +1,111 @@
+"""A failed range is never answered twice at once.
+
+With `MAP_POPULATE` the kernel asks for a page that got EIO again, at once and without end (12,000 times a
+second on Linux 6.18). So every failing answer is held for at least `base` seconds, doubling up to `cap` while
+the same range goes on failing, and what is asked meanwhile is answered from memory, without another fetch.
+The table and the time that it remembers are bounded. Times are seconds of any monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from weightfs.core.geometry import ByteSpan
+
+BASE = 1.0  # filesystem.md: hold each failing read >= 1 s
+CAP = 16.0  # a reader with O_DIRECT cannot be killed while its answer is held
+MEMORY = 120.0  # after this long without another failure the next one counts as the first
+SLOTS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """Answer `errno`, after `hold` seconds; `failures` in a row so far."""
+
+    errno: int
+    hold: float
+    failures: int
+
+
+@dataclass(slots=True)
+class _Record:
+    span: ByteSpan
+    whole: bool
+    errno: int
+    failures: int
+    until: float  # no fetch before this time
+
+    def hits(self, span: ByteSpan) -> bool:
+        if self.whole:
+            return span.start < self.span.stop and self.span.start < span.stop
+        return span.start <= self.span.start and self.span.stop <= span.stop
+
+
+class Penance:
+    """Remembers which ranges of which inodes failed lately, by the module's rule. Not thread-safe."""
+
+    def __init__(
+        self, *, base: float = BASE, cap: float = CAP, memory: float = MEMORY, slots: int = SLOTS
+    ) -> None:
+        self._base = base
+        self._cap = cap
+        self._memory = memory
+        self._slots = slots
+        self._records: OrderedDict[tuple[int, int, int], _Record] = (
+            OrderedDict()
+        )  # least recently failed first
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def recall(self, ino: int, span: ByteSpan, now: float) -> Sentence | None:
+        """What to answer a read of `span` without fetching, or None: fetch it."""
+        if not self._records:
+            return None
+        record = self._find(ino, span)
+        if record is None or now >= record.until:
+            return None
+        # Whoever comes late waits `base` all the same: else the end of one hold would let a storm through.
+        return Sentence(record.errno, max(record.until - now, self._base), record.failures)
+
+    def failed(self, ino: int, span: ByteSpan, errno: int, now: float, *, whole: bool = False) -> Sentence:
+        """Note that `span` could not be had, and say how long to hold the answer.
+
+        `span` is what was asked for: another read that asks for all of it is answered alike, one that asks
+        for part of it may be well. With `whole` it is a chunk that cannot be had: all reads touching it are.
+        """
+        self._expire(now)
+        key = (ino, span.start, span.stop)
+        record = self._records.pop(key, None)
+        if record is None:
+            record = _Record(span, whole, errno, 1, now + self._base)
+        elif now >= record.until:  # many readers that fail together are one failure
+            record.failures += 1
+            record.until = now + min(self._cap, self._base * 2.0 ** min(record.failures - 1, 30))
+        record.errno = errno
+        record.whole = record.whole or whole
+        self._records[key] = record
+        while len(self._records) > self._slots:
+            self._records.popitem(last=False)
+        return Sentence(errno, max(record.until - now, self._base), record.failures)
+
+    def forgive(self, ino: int, span: ByteSpan) -> None:
+        """Bytes of `span` were read: forget the failures that this disproves."""
+        if not self._records:
+            return
+        disproved = [key for key, record in self._records.items() if key[0] == ino and record.hits(span)]
+        for key in disproved:
+            del self._records[key]
+
+    def _find(self, ino: int, span: ByteSpan) -> _Record | None:
+        latest: _Record | None = None
+        for key, record in self._records.items():
+            if key[0] == ino and record.hits(span) and (latest is None or record.until > latest.until):
+                latest = record
+        return latest
+
+    def _expire(self, now: float) -> None:
+        old = [key for key, record in self._records.items() if now >= record.until + self._memory]
+        for key in old:
+            del self._records[key]

@@ -1,0 +1,74 @@
+"""What the mount needs of an engine: `weightfs.engine.engine.Engine` has it, and `weightfs.testing`'s fake.
+
+Everything but `read` answers from memory, at once: metadata never waits for a disk or for the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from weightfs.core.geometry import ByteSpan
+from weightfs.core.manifest import BlobId, Manifest
+
+
+class Status(Protocol):
+    """A blob's state as readers may see it (`stat`, extended attributes)."""
+
+    @property
+    def size(self) -> int: ...  # noqa: D102 - bytes
+    @property
+    def present_bytes(self) -> int: ...  # noqa: D102 - bytes that are cached
+    @property
+    def trust(self) -> str: ...  # noqa: D102 - a `Trust`
+    @property
+    def complete(self) -> bool: ...  # noqa: D102 - every chunk is cached
+    @property
+    def sha256(self) -> str: ...  # noqa: D102 - 64 hex digits, or "" where no origin publishes it
+    @property
+    def sources(self) -> Sequence[str]: ...  # noqa: D102 - URLs without secrets
+    @property
+    def mtime(self) -> int: ...  # noqa: D102 - seconds since 1970
+
+
+class Space(Protocol):
+    """Room of the cache's filesystem."""
+
+    @property
+    def total_bytes(self) -> int: ...  # noqa: D102 - bytes
+    @property
+    def free_bytes(self) -> int: ...  # noqa: D102 - bytes
+
+
+class MountedEngine(Protocol):
+    """The engine as the mount sees it; one trio run."""
+
+    on_change: Callable[[], None]  # called when `manifests()` changed
+
+    def blob_status(self, id: BlobId, /) -> Status:  # noqa: A002 - the contract's name
+        """The state of a blob. KeyError if there is none."""
+        ...
+
+    def opened(self, id: BlobId, /) -> None:  # noqa: A002 - the contract's name
+        """A handle was opened. Never waits, never fails."""
+        ...
+
+    def released(self, id: BlobId, /) -> None:  # noqa: A002 - the contract's name
+        """A handle was released. Never waits, never fails."""
+        ...
+
+    async def read(self, id: BlobId, span: ByteSpan, /) -> bytes:  # noqa: A002 - the contract's name
+        """Exactly the bytes of `span` (inside the blob). ReadError; bounded by the engine's read timeout."""
+        ...
+
+    def manifests(self) -> Sequence[Manifest]:
+        """What there is."""
+        ...
+
+    def fail_reads(self) -> None:
+        """Every waiting and later read gets ReadError at once."""
+        ...
+
+    def statfs(self) -> Space:
+        """Room, from memory."""
+        ...

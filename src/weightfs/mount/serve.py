@@ -1,0 +1,250 @@
+"""The life of a mount: connect, serve, and go without leaving anything behind.
+
+This process never touches its own mount on the loop's thread: whoever does waits for himself. At the end the
+order is fixed: fail the reads, unmount while requests are still answered, and only then stop answering.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from weightfs.errors import MountError
+from weightfs.layouts.base import Layout
+from weightfs.mount import mounttable
+from weightfs.mount.inodes import Namespace
+from weightfs.mount.ops import MountStats, WeightOperations
+from weightfs.mount.ports import MountedEngine
+from weightfs.mount.session import Connection, Handover, MountOptions, connect, guarded_reads
+
+PROBE_TIMEOUT = 5.0
+_END_TIMEOUT = 5.0  # seconds for the loop to end once the connection has, or it was told to
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A mount that answers; the value of `serve`'s task status."""
+
+    path: Path
+    device: str  # major:minor in mountinfo; the minor number is the FUSE connection's
+    stats: MountStats
+    _limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+
+    async def probe(self, timeout: float = PROBE_TIMEOUT) -> bool:  # noqa: ASYNC109 - part of the question
+        """Whether the mount answers a statvfs, asked from a thread; one such thread at most, ever."""
+        with trio.move_on_after(timeout):
+            try:
+                await trio.to_thread.run_sync(
+                    os.statvfs, self.path, abandon_on_cancel=True, limiter=self._limiter
+                )
+            except OSError as error:
+                _log.warning("The mount at %s does not answer: %s", self.path, error.strerror)
+                return False
+            return True
+        _log.warning("The mount at %s did not answer within %g s", self.path, timeout)
+        return False
+
+
+async def serve(
+    mountpoint: Path,
+    engine: MountedEngine,
+    layouts: Sequence[Layout],
+    options: MountOptions | None = None,
+    *,
+    stats: MountStats | None = None,
+    task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Mount `engine`'s manifests and serve them until cancelled, or until unmounted from outside.
+
+    `task_status` is told when the mount answers. In the main thread SIGALRM is used (see
+    `session.guarded_reads`).
+
+    Raises:
+        MountError: the mount could not be made, or its connection broke.
+    """
+    options = options or MountOptions()
+    stats = stats if stats is not None else MountStats()
+    connection = await trio.to_thread.run_sync(connect, mountpoint, options)
+    handover = Handover(connection)
+    try:
+        operations = WeightOperations(engine, _tree(engine, layouts), stats, handover.takeover)
+        with _rebuilding(operations, engine, layouts):
+            handover.attach(operations)
+            with guarded_reads(handover.fd), _quiet_pyfuse3():
+                await _Session(connection, handover, operations, engine, options).run(stats, task_status)
+    finally:
+        handover.close()
+        with trio.CancelScope(shield=True), trio.move_on_after(mounttable.HELPER_TIMEOUT):
+            await trio.to_thread.run_sync(_leave_nothing, connection, abandon_on_cancel=True)
+
+
+def _tree(engine: MountedEngine, layouts: Sequence[Layout]) -> Namespace:
+    manifests = engine.manifests()
+    namespace = Namespace.build(entry for layout in layouts for entry in layout.entries(manifests))
+    for conflict in namespace.conflicts:
+        _log.warning("%s", conflict)
+    return namespace
+
+
+@contextlib.contextmanager
+def _rebuilding(
+    operations: WeightOperations, engine: MountedEngine, layouts: Sequence[Layout]
+) -> Iterator[None]:
+    """Show a new tree at once whenever the manifests change: who added a ref finds it."""
+
+    def rebuild() -> None:
+        try:
+            operations.show(_tree(engine, layouts), int(time.time()))
+        except Exception:  # noqa: BLE001 - a layout's bug must not fail the `add` behind the change
+            _log.exception("The tree could not be rebuilt; the old one stays")
+
+    previous = engine.on_change
+    operations.show(_tree(engine, layouts), int(time.time()))
+    engine.on_change = rebuild
+    try:
+        yield
+    finally:
+        engine.on_change = previous
+
+
+class _Session:
+    """pyfuse3's loop, and its orderly end."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        handover: Handover,
+        operations: WeightOperations,
+        engine: MountedEngine,
+        options: MountOptions,
+    ) -> None:
+        self._connection = connection
+        self._handover = handover
+        self._operations = operations
+        self._engine = engine
+        self._options = options
+        self._ended = trio.Event()
+        self._scope = trio.CancelScope(
+            shield=True
+        )  # the loop outlives a cancellation, to serve until the unmount
+        self._failure: BaseException | None = None
+
+    async def run(self, stats: MountStats, task_status: trio.TaskStatus[Mounted]) -> None:
+        """Serve until the connection ends or we are cancelled. MountError if it broke."""
+        await self._serve(stats, task_status)
+        if self._failure is not None:
+            raise MountError(
+                f"The mount at {self._connection.path} failed and is unmounted: {self._failure}."
+            )
+
+    async def _serve(self, stats: MountStats, task_status: trio.TaskStatus[Mounted]) -> None:
+        path = self._connection.path
+        mounted = Mounted(path, self._connection.device, stats)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._loop)
+            try:
+                if not await mounted.probe() and not self._ended.is_set():
+                    self._failure = self._handover.failure or TimeoutError(
+                        "it did not answer its own statvfs"
+                    )
+                    return  # through `finally`; raised below the nursery, which would wrap it
+                task_status.started(mounted)
+                await self._ended.wait()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._stop()
+
+    async def _loop(self) -> None:
+        with self._scope:
+            try:
+                await pyfuse3.main(max_tasks=self._options.max_tasks)
+            except Exception as error:  # noqa: BLE001 - told by `run`, after the mount is gone
+                _log.exception("pyfuse3's loop failed")
+                self._failure = error
+            finally:
+                self._ended.set()
+
+    async def _stop(self) -> None:
+        self._operations.stop_holding()
+        self._engine.fail_reads()
+        if not self._ended.is_set():
+            gone = False
+            with trio.move_on_after(self._options.unmount_timeout):
+                while not (gone := await self._unmount(lazy=False)):  # noqa: ASYNC110 - no event says "not busy"
+                    await trio.sleep(0.05)
+            if not gone:
+                _log.warning(
+                    "%s is in use; it is detached, and what is open there fails from now on",
+                    self._connection.path,
+                )
+                with trio.move_on_after(mounttable.HELPER_TIMEOUT):
+                    await self._unmount(lazy=True)
+            await self._end(terminate=not gone)
+        self._scope.cancel()
+
+    async def _end(self, *, terminate: bool) -> None:
+        """Wait for the loop: the kernel ends it after an unmount; else it is told to end."""
+        if not terminate:
+            with trio.move_on_after(_END_TIMEOUT):
+                await self._ended.wait()
+                return
+        pyfuse3.terminate()
+        with trio.move_on_after(_END_TIMEOUT):
+            await self._ended.wait()
+
+    async def _unmount(self, *, lazy: bool) -> bool:
+        return await trio.to_thread.run_sync(
+            partial(_unmount, self._connection, lazy=lazy), abandon_on_cancel=True
+        )
+
+
+def _ours(connection: Connection) -> mounttable.Mount | None:
+    """Our mount, if it is on top at its place."""
+    top = mounttable.mounts_at(connection.path)[-1:]
+    return top[0] if top and top[0].device == connection.device else None
+
+
+def _unmount(connection: Connection, *, lazy: bool) -> bool:
+    """Take our mount away. True: it is not there any more; False: it is busy."""
+    if _ours(connection) is None:
+        return not any(mount.device == connection.device for mount in mounttable.mounts_at(connection.path))
+    try:
+        mounttable.take_away(connection.path, lazy=lazy)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EINVAL):
+            _log.warning("%s could not be unmounted: %s", connection.path, error.strerror)
+        return _ours(connection) is None
+    return True
+
+
+def _leave_nothing(connection: Connection) -> None:
+    """After the connection has ended: if our mount is still there, it is dead, and is detached."""
+    if _ours(connection) is not None:
+        _unmount(connection, lazy=True)
+
+
+@contextlib.contextmanager
+def _quiet_pyfuse3() -> Iterator[None]:
+    """pyfuse3 calls it an error that an answer's reader is gone (ENOENT); readers are killed every day."""
+
+    def relevant(record: logging.LogRecord) -> bool:
+        return not (isinstance(record.args, tuple) and record.args == (os.strerror(errno.ENOENT),))
+
+    logger = logging.getLogger("pyfuse3")
+    logger.addFilter(relevant)
+    try:
+        yield
+    finally:
+        logger.removeFilter(relevant)

@@ -1,0 +1,187 @@
+"""An engine in memory: what the mount sees of one, with every answer under the test's control.
+
+Files are made up from their names, so that a client in another process knows what bytes to expect:
+byte `i` of a file is byte `i % 65521` of a block that follows from its name (`pattern`). 65,521 is a prime:
+no two aligned reads look alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import trio
+
+from weightfs.core.geometry import BlobShape, ByteSpan
+from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror, Trust
+from weightfs.errors import FailureKind, ReadError
+
+PERIOD = 65_521
+TREE = "https/fake.example"
+
+
+def pattern(name: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of the file `name`."""
+    block = hashlib.shake_128(name.encode()).digest(PERIOD)
+    first = start // PERIOD * PERIOD
+    return (block * (-(-(stop - first) // PERIOD)))[start - first : stop - first]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeStatus:
+    """`mount.ports.Status`."""
+
+    id: BlobId
+    size: int
+    present_bytes: int
+    trust: Trust
+    complete: bool
+    sha256: str
+    sources: tuple[str, ...]
+    ref: str
+    mtime: int
+
+
+@dataclass(frozen=True, slots=True)
+class FakeSpace:
+    """`mount.ports.Space`."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(slots=True)
+class FakeFile:
+    """A file and what its reads do, in order: wait for `gate`, raise `error`, give bytes (and `excess`)."""
+
+    name: str
+    blob: Blob
+    block: bytes
+    present: int
+    gate: trio.Event | None = None
+    error: Exception | None = None
+    excess: int = 0
+    reads: list[ByteSpan] = field(default_factory=list)
+    handles: int = 0
+
+    def bytes_of(self, span: ByteSpan) -> bytes:
+        """The file's bytes."""
+        first = span.start // PERIOD * PERIOD
+        count = -(-(span.stop - first) // PERIOD)
+        return (self.block * count)[span.start - first : span.stop - first]
+
+
+class FakeEngine:
+    """`mount.ports.MountedEngine`. Files are named by their path below `models/https/fake.example`."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, FakeFile] = {}
+        self.on_change: Callable[[], None] = lambda: None
+        self.waiting = 0
+        self.most_waiting = 0
+        self.failing_all = False
+        self.mtime = 1_700_000_000
+        self._by_id: dict[BlobId, FakeFile] = {}
+        self._ending = trio.Event()
+
+    # --- the test's side
+
+    def add(self, sizes: Iterable[tuple[str, int]], *, present: float = 0.0) -> None:
+        """Add files, `present` (0 to 1) of each cached, and tell the mount once."""
+        for name, size in sizes:
+            digest = hashlib.sha256(f"{name} {size}".encode()).digest()
+            blob = Blob(
+                BlobId.of_digest(digest),
+                BlobShape.of(size),
+                digest,
+                (Mirror(f"https://fake.example/{name}"),),
+            )
+            block = hashlib.shake_128(name.encode()).digest(PERIOD)
+            self.files[name] = self._by_id[blob.id] = FakeFile(name, blob, block, int(size * present))
+        self.on_change()
+
+    def remove(self, name: str) -> None:
+        """Forget a file, as `weightfs evict` and `remove` do."""
+        del self._by_id[self.files.pop(name).blob.id]
+        self.on_change()
+
+    def hold(self, name: str) -> None:
+        """Reads of the file wait from now on."""
+        self.files[name].gate = trio.Event()
+
+    def let_go(self, name: str) -> None:
+        """They go on."""
+        gate, self.files[name].gate = self.files[name].gate, None
+        if gate is not None:
+            gate.set()
+
+    def fail(self, name: str, kind: FailureKind | None, chunk: int = -1) -> None:
+        """Reads of the file raise ReadError from now on (None: they are well again)."""
+        self.files[name].error = (
+            None if kind is None else ReadError(f"{name} fails on purpose", kind=kind, chunk=chunk)
+        )
+
+    # --- the mount's side
+
+    def manifests(self) -> tuple[Manifest, ...]:
+        """One manifest with every file."""
+        entries = tuple(Entry(file.name, file.blob) for file in self.files.values())
+        return (Manifest("https://fake.example/", "1", TREE, entries),)
+
+    def blob_status(self, id: BlobId) -> FakeStatus:  # noqa: A002 - the contract's name
+        """As told by `add`."""
+        file = self._by_id[id]
+        size = file.blob.size
+        complete = file.present == size
+        trust = Trust.VERIFIED if complete else Trust.PROVISIONAL
+        digest = file.blob.sha256.hex() if file.blob.sha256 else ""
+        sources = tuple(mirror.url for mirror in file.blob.mirrors)
+        return FakeStatus(
+            id, size, file.present, trust, complete, digest, sources, "https://fake.example/", self.mtime
+        )
+
+    def opened(self, id: BlobId) -> None:  # noqa: A002 - the contract's name
+        """Count handles."""
+        self._by_id[id].handles += 1
+
+    def released(self, id: BlobId) -> None:  # noqa: A002 - the contract's name
+        """Count handles."""
+        if id in self._by_id:
+            self._by_id[id].handles -= 1
+
+    async def read(self, id: BlobId, span: ByteSpan) -> bytes:  # noqa: A002 - the contract's name
+        """Wait, fail or give bytes, as the file is told to."""
+        file = self._by_id[id]
+        file.reads.append(span)
+        if file.gate is not None:
+            await self._wait(file.gate)
+        if self.failing_all:
+            raise ReadError("the mount is going away", kind=FailureKind.CANCELLED)
+        if file.error is not None:
+            raise file.error
+        return file.bytes_of(span) + bytes(file.excess)
+
+    async def _wait(self, gate: trio.Event) -> None:
+        self.waiting += 1
+        self.most_waiting = max(self.most_waiting, self.waiting)
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def until(event: trio.Event) -> None:
+                    await event.wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(until, gate)
+                nursery.start_soon(until, self._ending)
+        finally:
+            self.waiting -= 1
+
+    def fail_reads(self) -> None:
+        """End every wait with an error."""
+        self.failing_all = True
+        self._ending.set()
+
+    def statfs(self) -> FakeSpace:
+        """A terabyte, half of it free."""
+        return FakeSpace(1 << 40, 1 << 39)
