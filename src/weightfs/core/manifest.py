@@ -41,7 +41,7 @@ class Policy(enum.StrEnum):
                 return trust in (Trust.ATTESTED, Trust.VERIFIED)
             case Policy.HOLD:
                 return trust is Trust.VERIFIED
-            case Policy.PROVISIONAL:
+            case Policy.PROVISIONAL:  # pragma: no branch - the match is exhaustive
                 return trust is not Trust.QUARANTINED
 
 
