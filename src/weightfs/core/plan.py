@@ -1,0 +1,275 @@
+"""The words that the planner and its driver speak: events in, commands out. Data only.
+
+The driver (`engine.fetcher`) feeds every event with the monotonic time in seconds, and carries out the commands in
+order.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from weightfs.core.chunkset import ChunkSet
+from weightfs.core.geometry import MIB, BlobShape, ChunkSpan
+from weightfs.core.manifest import BlobId, Mirror
+from weightfs.errors import FailureKind
+
+
+class Priority(enum.IntEnum):
+    """Lower goes first: what a reader waits for, what it will want next, what nobody has asked for yet."""
+
+    DEMAND = 0
+    READAHEAD = 1
+    FILL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a fetch failed: `text` is one sentence for people; `retry_after` in seconds, if the origin named a time."""
+
+    kind: FailureKind
+    text: str
+    mirror: str = ""
+    retry_after: float | None = None
+    chunk: int = -1
+
+
+# ---- events
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A blob the planner shall know; `present` is what may be read already. The planner keeps `present` as its own."""
+
+    blob: BlobId
+    shape: BlobShape
+    mirrors: tuple[Mirror, ...]
+    present: ChunkSet
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Forget the blob: jobs are stopped, waiters woken with CANCELLED."""
+
+    blob: BlobId
+
+
+@dataclass(frozen=True, slots=True)
+class Remirrored:
+    """The blob's mirrors are now these; past faults are forgotten."""
+
+    blob: BlobId
+    mirrors: tuple[Mirror, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A reader waits for all of `span`. Answered by exactly one `Wake`, unless `Withdrawn` first."""
+
+    waiter: int
+    blob: BlobId
+    span: ChunkSpan
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The reader has gone away. Its fetches go on: no byte on its way is thrown away."""
+
+    waiter: int
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Read-ahead: nobody waits yet. Old wants of a blob give way to newer ones."""
+
+    blob: BlobId
+    span: ChunkSpan
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Switch background fill of a blob on or off."""
+
+    blob: BlobId
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """The chunk is verified, written and visible."""
+
+    job: int
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """`nbytes` of landed chunks are now on disk and in the index."""
+
+    blob: BlobId
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatched:
+    """The chunk's digest was not the trusted one; nothing was written; the job goes on with the next chunk."""
+
+    job: int
+    chunk: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    """Answer to `Trim`: the job will not touch chunks from `stop` on."""
+
+    job: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The job ended well; what it neither landed nor mismatched is free again."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job ended badly, and touches nothing any more. `jitter` in [0, 1)."""
+
+    job: int
+    failure: Failure
+    jitter: float
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """These chunks are no longer to be read: evicted, or found bad on disk. Nobody may write them before `Punched`."""
+
+    blob: BlobId
+    chunks: Iterable[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Punched:
+    """The index and the file have forgotten the dropped chunks: they may be fetched."""
+
+    blob: BlobId
+    chunks: Iterable[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: the answer to `SleepUntil`."""
+
+
+JobEvent = Landed | Mismatched | Trimmed | Done | Failed
+Event = (
+    JobEvent
+    | Added
+    | Removed
+    | Remirrored
+    | Need
+    | Withdrawn
+    | Want
+    | Fill
+    | Durable
+    | Dropped
+    | Punched
+    | Tick
+)
+
+# ---- commands
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Start a job: fetch `span` from mirror number `mirror`.
+
+    `whole`: a stream from byte 0 without ranges, of which only the chunks in `wanted` may be written.
+    """
+
+    job: int
+    blob: BlobId
+    span: ChunkSpan
+    mirror: int
+    priority: Priority
+    whole: bool = False
+    wanted: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """Ask the job to end before chunk `at`; answered by `Trimmed` (or by the job's end)."""
+
+    job: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the job as soon as can be; answered by `Failed(CANCELLED)` or `Done`."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """The waiter's chunks are all visible, or, with a failure, cannot be had now."""
+
+    waiter: int
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """Chunk `failure.chunk` (-1: the whole blob) will not be tried again before `until`. For logs and for `pull`."""
+
+    blob: BlobId
+    failure: Failure
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class SleepUntil:
+    """Feed a `Tick` at this time, if not before."""
+
+    time: float
+
+
+Command = Fetch | Trim | Stop | Wake | GaveUp | SleepUntil
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The planner's bounds. Bytes count what was asked of origins and is not yet durable."""
+
+    max_jobs: int = 32
+    # Read-ahead and fill together never take the last slots: max_jobs - background_jobs are demand's own.
+    background_jobs: int = 12
+    # While a reader waits, fill keeps no more than these, so that a thin line serves the reader.
+    fill_jobs_under_demand: int = 2
+    # One request's bytes at most, and the seconds that a fill request should last: short enough to let demand pass.
+    job_bytes: int = 8 * MIB
+    fill_job_seconds: float = 1.0
+    # What a crash may cost per blob: the promise of docs/semantics.md. Background stops earlier: room for demand.
+    unsettled_bytes: int = 64 * MIB
+    background_unsettled_bytes: int = 48 * MIB
+    # In flight over all blobs, the global budget of read-ahead and fill; demand is never refused for it.
+    budget_bytes: int = 256 * MIB
+    # A demanded chunk so far behind in somebody's job is taken out of it.
+    trim_distance: int = 2
+    backoff_base: float = 0.5
+    backoff_cap: float = 30.0
+    # None: transient faults are retried until the reader's own bound; N: give up after N retries in a row (--retry).
+    max_retries: int | None = None
+    # A chunk or blob that was given up is not tried again for so long; doubles with each time up to the cap.
+    hold_base: float = 5.0
+    hold_cap: float = 300.0
+    # Wrong digests from one mirror for one chunk before that mirror is not asked for it again.
+    mismatches_per_mirror: int = 2
+    # Answers in a row that break the protocol before a mirror is not asked again.
+    protocol_strikes: int = 3
+    first_job_bytes: int = field(default=2 * MIB)  # a fill request while the line's speed is unknown

@@ -1,0 +1,100 @@
+"""What the engine knows in memory about each blob. Owned by the trio thread; nothing here awaits.
+
+Sets of chunks, each inside the one before it: `present` (visible; shared with the planner), `durable` (in the index).
+`suspect` are present chunks recorded before an unclean stop: they are hashed again before their first use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from weightfs.core.chunkset import ChunkSet
+from weightfs.core.geometry import BlobShape
+from weightfs.core.manifest import Blob, BlobId, Mirror, Policy, Trust
+from weightfs.core.readahead import ReadAhead
+from weightfs.core.ref import without_secrets
+from weightfs.engine.status import BlobStatus
+from weightfs.store.index import RunState
+
+
+@dataclass(slots=True)
+class BlobState:
+    """One blob. `generation` counts the times that chunks were taken away: a read across such a time is done again."""
+
+    blob: Blob
+    ref: str
+    path: Path
+    present: ChunkSet
+    durable: ChunkSet
+    suspect: ChunkSet
+    readahead: ReadAhead
+    policy: Policy
+    trust: Trust
+    run: RunState | None
+    mtime: int
+    present_bytes: int
+    handles: int = 0
+    generation: int = 0
+    fetched_bytes: int = 0
+    filling: bool = False
+    prepared: bool = False
+    checking: dict[int, trio.Event] = field(default_factory=dict)  # suspect chunks being hashed
+    let_go: int = 0  # the byte up to which the pages behind a sequential reader were let go
+    changed: trio.Event = field(
+        default_factory=trio.Event
+    )  # set and replaced at each change of trust or completeness
+    gave_up: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def id(self) -> BlobId:
+        """The blob's id."""
+        return self.blob.id
+
+    @property
+    def shape(self) -> BlobShape:
+        """The blob's geometry."""
+        return self.blob.shape
+
+    @property
+    def mirrors(self) -> tuple[Mirror, ...]:
+        """Numbered as the planner numbers them: only ever appended to."""
+        return self.blob.mirrors
+
+    @property
+    def complete(self) -> bool:
+        """Every chunk is visible."""
+        return self.present.full
+
+    @property
+    def sealed(self) -> bool:
+        """Nothing is left to be proven: verified, or complete and durable where no digest exists."""
+        return self.trust is Trust.VERIFIED or (self.blob.sha256 is None and self.durable.full)
+
+    @property
+    def frontier(self) -> int:
+        """Chunks that the running SHA-256 has taken."""
+        if self.trust is Trust.VERIFIED:
+            return self.shape.chunk_count
+        return self.run.frontier if self.run else 0
+
+    def notify(self) -> None:
+        """Wake whoever watches this blob."""
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def status(self) -> BlobStatus:
+        """A snapshot."""
+        return BlobStatus(
+            id=self.id,
+            size=self.blob.size,
+            present_bytes=self.present_bytes,
+            trust=self.trust.value,
+            complete=self.complete,
+            sha256=self.blob.sha256.hex() if self.blob.sha256 else "",
+            sources=tuple(without_secrets(mirror.url) for mirror in self.mirrors),
+            ref=self.ref,
+            mtime=self.mtime,
+        )

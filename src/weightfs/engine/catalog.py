@@ -1,0 +1,117 @@
+"""What is pinned: refs, their manifests, and one `BlobState` for every blob that any of them names.
+
+Rule: the index is the truth; memory is made from it at start and changed only after the index was.
+"""
+
+from __future__ import annotations
+
+import time
+
+import trio
+
+from weightfs.core.manifest import Blob, BlobId, Manifest, Mirror, Policy
+from weightfs.core.readahead import ReadAhead
+from weightfs.engine.blobs import BlobState
+from weightfs.engine.settings import EngineSettings
+from weightfs.store.cache import Cache
+from weightfs.store.index import Progress, StoredRef
+
+_Recalled = tuple[Blob, Progress]
+
+
+class Catalog:
+    """Owned by the trio thread."""
+
+    def __init__(self, cache: Cache, settings: EngineSettings) -> None:
+        self._cache = cache
+        self._settings = settings
+        self._refs: dict[str, StoredRef] = {}
+        self._states: dict[BlobId, BlobState] = {}
+
+    def states(self) -> list[BlobState]:
+        """All blobs."""
+        return list(self._states.values())
+
+    def get(self, id: BlobId) -> BlobState | None:  # noqa: A002 - the field's name
+        """The blob's state, or None."""
+        return self._states.get(id)
+
+    def state(self, id: BlobId) -> BlobState:  # noqa: A002
+        """The blob's state. KeyError if it is not pinned."""
+        return self._states[id]
+
+    def refs(self) -> list[StoredRef]:
+        """In the order of their names."""
+        return [self._refs[name] for name in sorted(self._refs)]
+
+    def manifests(self) -> tuple[Manifest, ...]:
+        """Of all refs."""
+        return tuple(stored.manifest for stored in self.refs())
+
+    def manifest(self, ref: str) -> Manifest | None:
+        """Of one ref, or None."""
+        stored = self._refs.get(ref)
+        return stored.manifest if stored else None
+
+    def files(self, ref: str) -> list[tuple[str, BlobState]]:
+        """(path below `models/`, state) of everything that a ref names. KeyError if it is not pinned."""
+        manifest = self._refs[ref].manifest
+        return [(f"{manifest.tree}/{entry.path}", self._states[entry.blob.id]) for entry in manifest.entries]
+
+    def load(self) -> None:
+        """Read everything from the index. Blocks; before anything else."""
+        for stored in self._cache.refs():
+            self._refs[stored.manifest.ref] = stored
+            for entry in stored.manifest.entries:
+                self._note(entry.blob, stored, self._recall(entry.blob))
+
+    async def put(self, manifest: Manifest) -> list[BlobState]:
+        """Pin a manifest; the states of its blobs, new ones and known ones."""
+        stored, recalled = await trio.to_thread.run_sync(self._put, manifest)
+        self._refs[manifest.ref] = stored
+        return [self._note(entry.blob, stored, recalled[entry.blob.id]) for entry in manifest.entries]
+
+    def _put(self, manifest: Manifest) -> tuple[StoredRef, dict[BlobId, _Recalled]]:
+        self._cache.put_ref(manifest, now=int(time.time()))
+        stored = next(stored for stored in self._cache.refs() if stored.manifest.ref == manifest.ref)
+        return stored, {entry.blob.id: self._recall(entry.blob) for entry in manifest.entries}
+
+    def _recall(self, blob: Blob) -> _Recalled:
+        """The store's word on shape and list: it may have kept those under which chunks are recorded."""
+        return self._cache.blob(blob.id) or blob, self._cache.progress(blob.id)
+
+    def _note(self, blob: Blob, stored: StoredRef, recalled: _Recalled) -> BlobState:
+        known = self._states.get(blob.id)
+        if known is not None:
+            known.blob = known.blob.with_mirrors(_joined(known.blob.mirrors, blob.mirrors))
+            return known
+        kept, progress = recalled
+        state = BlobState(
+            blob=kept.with_mirrors(_joined(kept.mirrors, blob.mirrors)),
+            ref=stored.manifest.ref,
+            path=self._cache.path(blob.id),
+            present=progress.present,
+            durable=progress.present.copy(),
+            suspect=progress.suspect,
+            readahead=ReadAhead(kept.shape, max_window=self._settings.readahead_bytes),
+            policy=kept.policy if self._settings.policy is Policy.PROVISIONAL else self._settings.policy,
+            trust=progress.trust,
+            run=progress.run,
+            mtime=stored.added_at,
+            present_bytes=progress.present.byte_count(kept.shape),
+        )
+        self._states[blob.id] = state
+        return state
+
+    async def remove(self, ref: str) -> list[BlobState]:
+        """Unpin; the states of blobs that no ref names any more. KeyError if it is not pinned."""
+        if ref not in self._refs:
+            raise KeyError(ref)
+        orphans = await trio.to_thread.run_sync(self._cache.remove_ref, ref)
+        del self._refs[ref]
+        return [state for blob in orphans if (state := self._states.pop(blob, None))]
+
+
+def _joined(first: tuple[Mirror, ...], second: tuple[Mirror, ...]) -> tuple[Mirror, ...]:
+    urls = {mirror.url for mirror in first}
+    return first + tuple(mirror for mirror in second if mirror.url not in urls)

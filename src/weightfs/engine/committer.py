@@ -1,0 +1,161 @@
+"""Makes what landed durable, in batches: data first, then the index (`store.Cache.commit` owns that order).
+
+Readers wait for visible, not for durable: a crash loses some records, never the truth. What could not be committed is
+kept and tried again; meanwhile the planner's unsettled bound stops new fetches, so this queue is bounded by it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from weightfs.core.chunkset import ChunkSet
+from weightfs.core.manifest import BlobId, Trust
+from weightfs.engine.settings import EngineSettings
+from weightfs.errors import CacheError
+from weightfs.store.cache import Cache
+from weightfs.store.index import Landing, RunState
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one commit makes durable: landings with their bytes, running hashes, trust states, re-hashed chunks."""
+
+    landings: list[tuple[Landing, int]] = field(default_factory=list)
+    runs: dict[BlobId, RunState] = field(default_factory=dict)
+    trusts: dict[BlobId, Trust] = field(default_factory=dict)
+    rehashed: dict[BlobId, ChunkSet] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.landings or self.runs or self.trusts or self.rehashed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the landings."""
+        return sum(nbytes for _, nbytes in self.landings)
+
+    def forget(self, blob: BlobId, chunks: set[int] | None = None) -> int:
+        """Take out a blob (or some of its chunks) that is being removed; the bytes of the landings taken out."""
+        before = self.nbytes
+        self.landings = [
+            (landing, nbytes)
+            for landing, nbytes in self.landings
+            if landing.blob != blob or (chunks is not None and landing.chunk not in chunks)
+        ]
+        if blob in self.rehashed and chunks is not None:
+            for chunk in chunks:
+                self.rehashed[blob].discard(chunk)
+        if chunks is None:
+            self.runs.pop(blob, None)
+            self.trusts.pop(blob, None)
+            self.rehashed.pop(blob, None)
+        return before - self.nbytes
+
+
+class Committer:
+    """One per engine. `committed(batch)` is called in the trio thread after each durable batch."""
+
+    def __init__(self, cache: Cache, settings: EngineSettings, committed: Callable[[Batch], None]) -> None:
+        self._cache = cache
+        self._settings = settings
+        self._committed = committed
+        self._batch = Batch()
+        self._gathered = 0  # bytes in the batch
+        self._some = trio.Event()
+        self._enough = trio.Event()
+        self._lock = trio.Lock()  # one commit at a time; never held across network I/O
+        self.trouble: CacheError | None = None
+
+    @property
+    def pending(self) -> int:
+        """Landed chunks that are not durable yet (of the batch that is being gathered)."""
+        return len(self._batch.landings)
+
+    def landed(self, landing: Landing, nbytes: int) -> None:
+        """Queue a visible chunk."""
+        self._batch.landings.append((landing, nbytes))
+        self._gathered += nbytes
+        self._some.set()
+        if self._gathered >= self._settings.commit_bytes:
+            self._enough.set()
+
+    def progressed(self, blob: BlobId, run: RunState) -> None:
+        """Queue the state of the running hash. It covers durable chunks only."""
+        self._batch.runs[blob] = run
+        self._some.set()
+
+    def judged(self, blob: BlobId, trust: Trust) -> None:
+        """Queue a change of trust."""
+        self._batch.trusts[blob] = trust
+        self._some.set()
+
+    def rehashed(self, blob: BlobId, chunk: int, count: int) -> None:
+        """Queue that a chunk of an older epoch was found to be as recorded."""
+        self._batch.rehashed.setdefault(blob, ChunkSet(count)).add(chunk)
+        self._some.set()
+
+    async def run(self) -> None:
+        """Until cancelled; the owner then calls `flush` once more."""
+        while True:
+            await self._some.wait()
+            with trio.move_on_after(self._settings.commit_seconds):
+                await self._enough.wait()
+            if not await self.flush():
+                await trio.sleep(RETRY_SECONDS)
+
+    async def flush(self) -> bool:
+        """Make durable what is queued now. False if the cache could not; then it is queued still."""
+        async with self._lock:
+            batch, self._batch, self._gathered = self._batch, Batch(), 0
+            self._some, self._enough = trio.Event(), trio.Event()
+            if not batch:
+                return True
+            try:
+                with trio.CancelScope(shield=True):  # a thread that commits cannot be abandoned
+                    await trio.to_thread.run_sync(self._commit, batch)
+            except CacheError as error:
+                if self.trouble is None:
+                    log.error(
+                        "cannot commit %d chunks to the index, trying again: %s", len(batch.landings), error
+                    )
+                self.trouble = error
+                self._restore(batch)
+                return False
+            self.trouble = None
+        self._committed(batch)
+        return True
+
+    def _commit(self, batch: Batch) -> None:
+        self._cache.commit(
+            [landing for landing, _ in batch.landings],
+            runs=batch.runs,
+            trusts=batch.trusts,
+            rehashed=batch.rehashed,
+            now=int(time.time()),
+        )
+
+    def _restore(self, batch: Batch) -> None:
+        newer, self._batch = self._batch, batch
+        batch.landings += newer.landings
+        self._gathered = batch.nbytes
+        batch.runs.update(newer.runs)
+        batch.trusts.update(newer.trusts)
+        for blob, chunks in newer.rehashed.items():
+            batch.rehashed.setdefault(blob, ChunkSet(chunks.count)).union(chunks)
+        self._some.set()
+
+    async def forget(self, blob: BlobId, chunks: set[int] | None = None) -> int:
+        """Take a blob (or these chunks of it) out of the queue; waits for a running commit.
+
+        Returns the bytes of the landings taken out.
+        """
+        async with self._lock:
+            return self._batch.forget(blob, chunks)

@@ -1,0 +1,285 @@
+"""The engine: what the mount, the control socket and the command line see of weightfs.
+
+Rules: one trio run. Everything but the `async` methods answers from memory; of the `async` ones, only `add`, `complete`
+and `verify` may wait for longer than `read_timeout`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from weightfs import __version__
+from weightfs.core import plan
+from weightfs.core.geometry import ByteSpan, ChunkSpan
+from weightfs.core.manifest import BlobId, Manifest
+from weightfs.core.planner import Planner
+from weightfs.core.ref import Ref
+from weightfs.engine import wire
+from weightfs.engine.blobs import BlobState
+from weightfs.engine.catalog import Catalog
+from weightfs.engine.committer import Committer
+from weightfs.engine.fetcher import Fetcher
+from weightfs.engine.hashing import Hasher
+from weightfs.engine.holdings import Holdings
+from weightfs.engine.reader import Reader
+from weightfs.engine.report import describe_jobs, describe_refs
+from weightfs.engine.seal import Sealer
+from weightfs.engine.settings import EngineSettings, FillMode
+from weightfs.engine.status import BlobStatus, CacheSpace, EngineStatus, VerifyProgress, VerifyReport
+from weightfs.engine.upkeep import Upkeep
+from weightfs.engine.workers import WorkerPool
+from weightfs.errors import FailureKind, ReadError
+from weightfs.sources import open_source
+from weightfs.sources.base import Source
+from weightfs.store.cache import Cache
+from weightfs.store.index import StoredRef
+
+log = logging.getLogger(__name__)
+
+SPACE_SECONDS = 5.0  # how old `statfs` may be
+
+
+class Engine:
+    """Made by `open_engine`."""
+
+    def __init__(self, cache: Cache, settings: EngineSettings, nursery: trio.Nursery) -> None:
+        self.settings = settings
+        self.on_change: Callable[[], None] = lambda: None
+        self._cache = cache
+        self._nursery = nursery
+        self._started = trio.current_time()
+        self._sources: dict[str, Source] = {}
+        self._space = CacheSpace(0, 0)
+        self._planner = Planner(settings.limits)
+        self._catalog = Catalog(cache, settings)
+        self._holdings = Holdings(cache, self._planner, self._catalog.get, self._durable)
+        self._pool = WorkerPool(settings, self._handle, keep_fds=(cache.lock_fd,))
+        self._fetcher = Fetcher(self._planner, self._pool, self._holdings.landed)
+        self._committer = Committer(cache, settings, self._holdings.committed)
+        self._holdings.connect(self._fetcher, self._committer)
+        self._hasher = Hasher(cache, self._pool.submit)
+        self._sealer = Sealer(
+            self._hasher, self._committer, self._holdings, lambda: self._planner.waiting() > 0
+        )
+        self._reader = Reader(cache, self._planner, self._fetcher, self._holdings, settings, nursery)
+        self._upkeep = Upkeep(
+            self._catalog, self._planner, self._fetcher, self._holdings, self._hasher, self._sealer
+        )
+
+    # ---- life
+
+    async def _start(self) -> None:
+        self._space = self._look_at_space()
+        self._catalog.load()  # before anybody reads: the loop has nothing else to do
+        await self._nursery.start(self._pool.run)
+        for task in (self._fetcher.keep_time, self._committer.run, self._sealer.run, self._watch_space):
+            self._nursery.start_soon(task)
+        for state in self._catalog.states():
+            self._begin(state)
+
+    def _begin(self, state: BlobState) -> None:
+        self._fetcher.add(state)
+        if self.settings.fill is FillMode.ALL:
+            self._nursery.start_soon(self._holdings.fill, state)
+        if len(state.durable) > state.frontier or state.durable.full:
+            self._sealer.poke(state)
+
+    async def _close(self) -> None:
+        self.fail_reads()
+        with trio.move_on_after(5, shield=True):
+            for source in self._sources.values():
+                await source.aclose()
+        self._nursery.cancel_scope.cancel()
+
+    async def _flush(self) -> None:
+        with trio.CancelScope(shield=True):
+            await self._committer.flush()
+
+    def _look_at_space(self) -> CacheSpace:
+        stats = os.statvfs(self._cache.root)
+        return CacheSpace(stats.f_blocks * stats.f_frsize, stats.f_bavail * stats.f_frsize)
+
+    async def _watch_space(self) -> None:
+        while True:
+            await trio.sleep(SPACE_SECONDS)
+            self._space = await trio.to_thread.run_sync(self._look_at_space)
+
+    def fail_reads(self) -> None:
+        """Every waiting and every later read gets ReadError at once: before unmounting."""
+        self._fetcher.fail_waiters("weightfs is being unmounted")
+        for state in self._catalog.states():
+            state.notify()
+
+    def _handle(self, message: wire.FromWorker) -> None:
+        if isinstance(message, wire.Hashed) or (isinstance(message, wire.JobFailed) and message.job < 0):
+            self._hasher.handle(message)
+        else:
+            self._fetcher.handle(message)
+
+    def _durable(self, state: BlobState) -> None:
+        self._sealer.poke(state)
+
+    # ---- refs
+
+    def manifests(self) -> tuple[Manifest, ...]:
+        """What is pinned."""
+        return self._catalog.manifests()
+
+    def refs(self) -> list[StoredRef]:
+        """What is pinned, and since when."""
+        return self._catalog.refs()
+
+    async def add(self, ref: Ref, *, refresh: bool = False) -> Manifest:
+        """Pin a ref and show it. A pinned one is served from the index without asking anybody, unless `refresh`.
+
+        SourceError, ChunkListError, SignatureError, CacheError.
+        """
+        known = self._catalog.manifest(str(ref))
+        if known is not None and not refresh:
+            return known
+        if ref.scheme not in self._sources:
+            self._sources[ref.scheme] = open_source(ref.scheme, self.settings.fetch)
+        manifest = await self._sources[ref.scheme].resolve(ref)
+        for state in await self._catalog.put(manifest):
+            if self._planner.knows(state.id):
+                self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
+            else:
+                self._begin(state)
+        self.on_change()
+        return manifest
+
+    async def remove(self, ref_text: str) -> int:
+        """Forget a ref and delete what only it had; the bytes freed. KeyError if it is not pinned."""
+        orphans = await self._catalog.remove(ref_text)
+        self.on_change()
+        freed = 0
+        for state in orphans:
+            self._sealer.forget(state)
+            state.generation += 1
+            self._fetcher.remove(state.id)
+            state.notify()
+            await self._fetcher.drained(state)  # a job's last chunk may still be on its way to the file
+            await self._committer.forget(state.id)
+            freed += await trio.to_thread.run_sync(self._cache.delete_blob, state.id)
+        return freed
+
+    async def complete(self, ref_text: str) -> None:
+        """Fetch all of a ref and wait until it is sealed. KeyError, ReadError, IntegrityError."""
+        await self._upkeep.complete(ref_text)
+
+    async def verify(
+        self, ref_text: str, *, repair: bool, on_progress: Callable[[VerifyProgress], None] = lambda _: None
+    ) -> VerifyReport:
+        """Compare what is cached with the records. KeyError, CacheError; ReadError if a repair fails."""
+        return await self._upkeep.verify(ref_text, repair=repair, on_progress=on_progress)
+
+    # ---- what the mount asks
+
+    def blob_status(self, id: BlobId) -> BlobStatus:  # noqa: A002 - the contract's name
+        """The state of a blob. KeyError if there is none."""
+        return self._catalog.state(id).status()
+
+    def statfs(self) -> CacheSpace:
+        """Room of the cache's filesystem, a few seconds ago."""
+        return self._space
+
+    async def read(self, id: BlobId, span: ByteSpan) -> bytes:  # noqa: A002 - the contract's name
+        """Exactly the bytes of `span`, clipped at the end of the blob. ReadError within `read_timeout`."""
+        state = self._catalog.get(id)
+        if state is None:
+            raise ReadError("the model was removed", kind=FailureKind.CANCELLED)
+        return await self._reader.read(state, span)
+
+    def opened(self, id: BlobId) -> None:  # noqa: A002 - the contract's name
+        """A handle was opened: fetch head and tail, and fill if the mode says so. Never waits, never fails."""
+        state = self._catalog.get(id)
+        if state is not None:
+            state.handles += 1
+            if not state.complete:
+                self._nursery.start_soon(self._open, state)
+
+    def released(self, id: BlobId) -> None:  # noqa: A002 - the contract's name
+        """A handle was released."""
+        state = self._catalog.get(id)
+        if state is not None:
+            state.handles = max(0, state.handles - 1)
+
+    async def _open(self, state: BlobState) -> None:
+        if not await self._holdings.prepare(state):
+            return
+        # Runtimes read the last bytes first, then the head: both are on their way at once.
+        for chunk in {0, state.shape.chunk_count - 1}:
+            if chunk not in state.present:
+                self._fetcher.feed(plan.Want(state.id, ChunkSpan(chunk, chunk + 1)))
+        if self.settings.fill is FillMode.OPENED:
+            await self._holdings.fill(state)
+
+    # ---- looking at it
+
+    def status(self) -> EngineStatus:
+        """A snapshot of everything."""
+        now = trio.current_time()
+        trouble = self._committer.trouble
+        return EngineStatus(
+            version=__version__,
+            pid=os.getpid(),
+            worker_pids=self._pool.pids,
+            uptime=now - self._started,
+            cache=str(self._cache.root),
+            cache_bytes=sum(state.present_bytes for state in self._catalog.states()),
+            free_bytes=self._space.free_bytes,
+            fetched_bytes=self._fetcher.fetched_bytes,
+            mismatched_chunks=self._fetcher.mismatches,
+            disk_faults=self._holdings.disk_faults,
+            trouble=str(trouble) if trouble else "",
+            refs=describe_refs(self._catalog, self._planner, now),
+            jobs=describe_jobs(self._planner, now),
+        )
+
+    def check(self) -> list[str]:
+        """Sentences about anything in memory that should not be; empty if all is well and nothing is in flight."""
+        problems = self._planner.check()
+        if not self._planner.idle():
+            problems.append(f"{self._fetcher.jobs} fetches in flight, {self._planner.waiting()} readers wait")
+        if self._pool.jobs:
+            problems.append(f"{self._pool.jobs} jobs of the workers are unanswered")
+        for state in self._catalog.states():
+            actual = state.present.byte_count(state.shape)
+            if state.present_bytes != actual:
+                problems.append(f"{state.ref}: {state.present_bytes} bytes said to be present, {actual} are")
+            if any(chunk not in state.present for chunk in state.durable):
+                problems.append(f"{state.ref}: something durable is not visible")
+        return problems
+
+    async def quiet(self) -> None:
+        """Wait until nothing is in flight and everything is durable and sealed as far as it can be. For tests."""
+        while not (
+            self._planner.idle()
+            and self._pool.jobs == 0
+            and not self._committer.pending
+            and self._sealer.idle
+        ):
+            await self._committer.flush()
+            await trio.sleep(0.01)
+
+
+@asynccontextmanager
+async def open_engine(cache: Cache, settings: EngineSettings) -> AsyncIterator[Engine]:
+    """An engine over an open cache, for as long as the block runs. What landed is committed before it returns."""
+    engine: Engine | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            engine = Engine(cache, settings, nursery)
+            try:
+                await engine._start()
+                yield engine
+            finally:
+                await engine._close()
+    finally:
+        if engine is not None:
+            await engine._flush()

@@ -1,0 +1,163 @@
+"""A read: from the cache at once, or after its chunks landed; each byte exactly, or a ReadError within `read_timeout`.
+
+Rules: no lock across an await. Between the last look at `present` and the use of bytes read in a thread, `generation`
+is compared: bytes read across a drop are never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import trio
+
+from weightfs.core import plan
+from weightfs.core.geometry import MIB, ByteSpan, ChunkSpan
+from weightfs.core.manifest import Trust
+from weightfs.core.planner import Planner
+from weightfs.engine.blobs import BlobState
+from weightfs.engine.fetcher import Fetcher
+from weightfs.engine.holdings import Holdings
+from weightfs.engine.settings import EngineSettings
+from weightfs.errors import CacheError, FailureKind, ReadError
+from weightfs.store.cache import Cache
+
+log = logging.getLogger(__name__)
+
+DISK_TRIES = 3  # reads of one span that find the disk at fault, before the reader is told
+LET_GO_BYTES = 16 * MIB  # of the cache file, behind a sequential reader, per call
+
+
+class Reader:
+    """One per engine; holds nothing but its colleagues."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        planner: Planner,
+        fetcher: Fetcher,
+        holdings: Holdings,
+        settings: EngineSettings,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._cache = cache
+        self._planner = planner
+        self._fetcher = fetcher
+        self._holdings = holdings
+        self._settings = settings
+        self._nursery = nursery
+        self._disk = trio.CapacityLimiter(settings.disk_threads)
+
+    async def read(self, state: BlobState, span: ByteSpan) -> bytes:
+        """The bytes of `span`, clipped at the end of the blob."""
+        span = span.clamp(state.shape.size)
+        chunks = state.shape.chunks_covering(span)
+        if state.policy.allows(state.trust) and state.present.covers(chunks) and not _suspects(state, chunks):
+            data = self._cache.read_nowait(state.id, span)
+            if data is not None and len(data) == len(span):
+                self._observe(state, span, stalled=False)
+                return data
+        limit = self._settings.read_timeout or float("inf")
+        with trio.move_on_after(limit):
+            return await self._read_slowly(state, span, chunks)
+        text = f"chunk {chunks.start} of {state.ref} did not arrive within {limit:g} s (read-timeout)"
+        raise ReadError(text, kind=FailureKind.TIMEOUT, ref=state.ref, chunk=chunks.start)
+
+    async def _read_slowly(self, state: BlobState, span: ByteSpan, chunks: ChunkSpan) -> bytes:
+        await self._await_trust(state)
+        faults = 0
+        observed = False
+        while True:
+            if not state.present.covers(chunks):
+                if not await self._holdings.prepare(state):
+                    text = f"the cache cannot make a file for {state.ref}; see the log"
+                    raise ReadError(text, kind=FailureKind.DISK, ref=state.ref)
+                if not observed:  # before the wait: what comes next is fetched beside what is waited for
+                    self._observe(state, span, stalled=True)
+                    observed = True
+                await self._fetcher.wait_for(state, chunks)
+            if _suspects(state, chunks):
+                await self._recheck(state, chunks)
+                continue
+            generation = state.generation
+            try:
+                data = await trio.to_thread.run_sync(self._cache.read, state.id, span, limiter=self._disk)
+            except CacheError as error:
+                faults += 1
+                if faults >= DISK_TRIES:
+                    text = f"cannot read {state.ref} from the cache: {error}"
+                    raise ReadError(text, kind=FailureKind.DISK, ref=state.ref) from error
+                log.warning("%s; fetching the chunks again", error)
+                await self._holdings.drop_bad(state, list(chunks))
+                continue
+            if state.generation == generation:
+                if not observed:
+                    self._observe(state, span, stalled=False)
+                return data
+
+    async def _await_trust(self, state: BlobState) -> None:
+        """What the policy demands of the whole blob, before a byte of it is given out."""
+        while not state.policy.allows(state.trust):
+            if state.trust is Trust.QUARANTINED:
+                text = f"{state.ref} is quarantined (its SHA-256 is not the promised one): use another mirror"
+                raise ReadError(text, kind=FailureKind.MISMATCH, ref=state.ref)
+            if self._fetcher.closed:
+                raise ReadError(self._fetcher.closed.text, kind=FailureKind.CANCELLED, ref=state.ref)
+            changed = state.changed
+            await self._holdings.fill(state)
+            if failure := self._planner.stuck(state.id):
+                raise ReadError(
+                    f"{state.ref}: {failure.text}", kind=failure.kind, ref=state.ref, mirror=failure.mirror
+                )
+            await changed.wait()
+
+    def _observe(self, state: BlobState, span: ByteSpan, *, stalled: bool) -> None:
+        window = state.readahead.observe(span, stalled)
+        if window is not None and not state.complete and not state.present.covers(window):
+            self._fetcher.feed(plan.Want(state.id, window))
+        if state.sealed:
+            self._let_go(state, span)
+
+    def _let_go(self, state: BlobState, span: ByteSpan) -> None:
+        """The mount's page cache has these bytes now: keep them in memory once, not twice."""
+        if span.start < state.let_go:
+            state.let_go = span.start
+        elif span.start - state.let_go >= 2 * LET_GO_BYTES:
+            behind = ByteSpan(max(state.let_go, span.start - 2 * LET_GO_BYTES), span.start - LET_GO_BYTES)
+            state.let_go = behind.stop
+            self._nursery.start_soon(trio.to_thread.run_sync, self._cache.forget_pages, state.id, behind)
+
+    async def _recheck(self, state: BlobState, chunks: ChunkSpan) -> None:
+        """Hash chunks that were recorded before an unclean stop; what fails is a hole again. Once for all readers."""
+        for chunk in chunks:
+            if running := state.checking.get(chunk):
+                await running.wait()
+            elif chunk in state.suspect:
+                done = state.checking[chunk] = trio.Event()
+                try:
+                    await self._recheck_one(state, chunk)
+                finally:
+                    del state.checking[chunk]
+                    done.set()
+
+    async def _recheck_one(self, state: BlobState, chunk: int) -> None:
+        good = await trio.to_thread.run_sync(self._equals_record, state, chunk, limiter=self._disk)
+        if chunk not in state.suspect:
+            return  # dropped or cleared by somebody else meanwhile
+        if good:
+            self._holdings.cleared(state, [chunk])
+        else:
+            log.warning("chunk %d of %s did not survive the last stop; fetching it again", chunk, state.ref)
+            await self._holdings.drop_bad(state, [chunk])
+
+    def _equals_record(self, state: BlobState, chunk: int) -> bool:
+        record = self._cache.digests(state.id, ChunkSpan(chunk, chunk + 1)).get(chunk)
+        try:
+            data = self._cache.read(state.id, state.shape.span_of(chunk))
+        except CacheError:
+            return False
+        return hashlib.sha256(data).digest() == record
+
+
+def _suspects(state: BlobState, chunks: ChunkSpan) -> bool:
+    return len(state.suspect) > 0 and any(chunk in state.suspect for chunk in chunks)

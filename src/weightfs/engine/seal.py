@@ -1,0 +1,125 @@
+"""Sealing: the in-order SHA-256 that turns a provisional or attested blob into a verified one.
+
+Rules: only durable chunks are fed, so a saved state is never ahead of the records; a chunk is fed only after it was
+found equal to its wire record, so what differs is the disk's fault, and costs that chunk; if all were equal and the
+whole digest still differs, the origin is at fault, and the blob is quarantined.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from weightfs.core.geometry import ChunkSpan
+from weightfs.core.manifest import Trust
+from weightfs.engine import wire
+from weightfs.engine.blobs import BlobState
+from weightfs.engine.committer import Committer
+from weightfs.engine.hashing import Hasher
+from weightfs.engine.holdings import Holdings
+from weightfs.engine.running import SAVABLE
+from weightfs.errors import CacheError
+from weightfs.store.index import RunState
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5.0
+
+
+class Sealer:
+    """One per engine. `busy` says whether readers wait."""
+
+    def __init__(
+        self,
+        hasher: Hasher,
+        committer: Committer,
+        holdings: Holdings,
+        busy: Callable[[], bool],
+    ) -> None:
+        self._hasher = hasher
+        self._committer = committer
+        self._holdings = holdings
+        self._busy = busy
+        self._queue: dict[bytes, BlobState] = {}
+        self._poked = trio.Event()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing left to do."""
+        return not any(self._span(state) is not None for state in self._queue.values())
+
+    def poke(self, state: BlobState) -> None:
+        """More of the blob has become durable."""
+        if state.blob.sha256 is not None and state.trust not in (Trust.VERIFIED, Trust.QUARANTINED):
+            self._queue[state.id.raw] = state
+            self._poked.set()
+
+    def forget(self, state: BlobState) -> None:
+        """The blob is being removed."""
+        self._queue.pop(state.id.raw, None)
+
+    def _span(self, state: BlobState) -> ChunkSpan | None:
+        """What can be fed now, if anything. Readers first: an incomplete blob waits while somebody waits for bytes."""
+        count = state.shape.chunk_count
+        if not state.durable.full and (self._busy() or not SAVABLE):
+            return None
+        start = state.frontier
+        stop = state.durable.first_hole(start)
+        stop = count if stop is None else stop
+        if not SAVABLE:
+            return ChunkSpan(0, count)
+        return self._hasher.batch(state, start, stop) if stop > start or start == count else None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._poked = trio.Event()
+            for state in list(self._queue.values()):
+                span = self._span(state)
+                if span is None:
+                    del self._queue[state.id.raw]  # the next commit brings it back
+                    continue
+                try:
+                    await self._advance(state, span)
+                except CacheError as error:
+                    log.error("%s", error)
+                    await trio.sleep(RETRY_SECONDS)
+            if not self._queue:
+                await self._poked.wait()
+
+    async def _advance(self, state: BlobState, span: ChunkSpan) -> None:
+        generation = state.generation
+        answer = await self._hasher.hash(state, span, running=True)
+        if state.generation != generation or state.id.raw not in self._queue:
+            return  # chunks were taken away meanwhile: what was fed may not be what is there
+        self._holdings.cleared(state, range(span.start, answer.stop))
+        if answer.state and answer.stop > state.frontier:
+            state.run = RunState(answer.stop, bytes.fromhex(answer.state))
+            self._committer.progressed(state.id, state.run)
+        if answer.bad:
+            log.warning(
+                "chunk %d of %s: the disk returned other bytes than were received; fetching it again",
+                answer.bad[0],
+                state.ref,
+            )
+            await self._holdings.drop_bad(state, answer.bad)
+        elif answer.stop == state.shape.chunk_count:
+            self._judge(state, answer)
+
+    def _judge(self, state: BlobState, answer: wire.Hashed) -> None:
+        expected = state.blob.sha256.hex() if state.blob.sha256 else ""
+        if answer.total == expected:
+            state.trust = Trust.VERIFIED
+            log.info("%s is verified: SHA-256 %s", state.ref, expected)
+        else:
+            state.trust = Trust.QUARANTINED
+            log.error(
+                "%s is quarantined: its SHA-256 is %s where %s was promised, although every chunk is as it was "
+                "received: the origin gave wrong bytes. Remove it with `weightfs rm` and take it from another mirror",
+                state.ref, answer.total, expected,
+            )  # fmt: skip
+        self._committer.judged(state.id, state.trust)
+        self._queue.pop(state.id.raw, None)
+        state.notify()

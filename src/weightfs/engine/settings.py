@@ -1,0 +1,42 @@
+"""What the engine can be told. `config` validates what people write; here are the plain values, with their units."""
+
+from __future__ import annotations
+
+import enum
+import os
+from dataclasses import dataclass, field
+
+from weightfs.core.geometry import MIB
+from weightfs.core.manifest import Policy
+from weightfs.core.plan import Limits
+from weightfs.sources.base import FetchSettings
+
+
+class FillMode(enum.StrEnum):
+    """Which blobs are completed in the background: none, those that somebody opened, or all."""
+
+    NEVER = "never"
+    OPENED = "opened"
+    ALL = "all"
+
+
+def default_workers() -> int:
+    """One fetch worker process per core, at most four."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Times in seconds, sizes in bytes."""
+
+    fetch: FetchSettings = field(default_factory=FetchSettings)
+    limits: Limits = field(default_factory=Limits)
+    workers: int = field(default_factory=default_workers)  # 0: fetch in this process
+    fill: FillMode = FillMode.OPENED
+    policy: Policy = Policy.PROVISIONAL
+    read_timeout: float = 600.0  # a read that waits longer fails; 0: it waits for ever
+    readahead_bytes: int = 64 * MIB  # largest window of one sequential stream
+    commit_bytes: int = 16 * MIB  # so much landed, or `commit_seconds` after the first, makes a commit
+    commit_seconds: float = 1.0
+    worker_buffer_bytes: int = 32 * MIB  # chunk buffers of one worker; a single chunk may exceed it
+    disk_threads: int = 16

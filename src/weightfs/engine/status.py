@@ -1,0 +1,135 @@
+"""What the engine tells about itself: frozen snapshots, ready for `dataclasses.asdict` and JSON. No secrets in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weightfs.core.manifest import BlobId
+
+
+@dataclass(frozen=True, slots=True)
+class BlobStatus:
+    """One blob as stat, extended attributes and `status` show it. Sizes in bytes."""
+
+    id: BlobId
+    size: int
+    present_bytes: int
+    trust: str
+    complete: bool
+    sha256: str  # 64 hex digits, or "" where no origin publishes it
+    sources: tuple[str, ...]  # URLs without secrets
+    ref: str
+    mtime: int  # seconds since 1970
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorStatus:
+    """One mirror of one blob. `rate` in bytes per second, None before it gave any."""
+
+    url: str
+    faults: int
+    mismatches: int
+    nbytes: int
+    rate: float | None
+    benched_for: float  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class FileStatus:
+    """One path of a ref. `path` is below the mount's root in the `models` layout."""
+
+    path: str
+    blob: str  # hex
+    size: int
+    chunk_length: int
+    chunk_count: int
+    present_chunks: int
+    present_bytes: int
+    durable_chunks: int
+    sealed_chunks: int  # the frontier of the running SHA-256
+    fetched_bytes: int  # from the network since this process started
+    trust: str
+    policy: str
+    sha256: str
+    signer: str
+    open_handles: int
+    waiting_readers: int
+    filling: bool
+    error: str  # why it is not tried at the moment, or ""
+    mirrors: tuple[MirrorStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefStatus:
+    """One ref and its files."""
+
+    ref: str
+    revision: str
+    added_at: int
+    files: tuple[FileStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """One fetch in flight. `age` in seconds."""
+
+    job: int
+    blob: str
+    first_chunk: int
+    last_chunk: int
+    mirror: str
+    priority: str
+    age: float
+    bytes_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """The whole."""
+
+    version: str
+    pid: int
+    worker_pids: tuple[int, ...]
+    uptime: float
+    cache: str
+    cache_bytes: int
+    free_bytes: int
+    fetched_bytes: int
+    mismatched_chunks: int
+    disk_faults: int
+    trouble: str
+    refs: tuple[RefStatus, ...]
+    jobs: tuple[JobStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpace:
+    """Room of the cache's filesystem, a moment ago."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyProgress:
+    """How far `verify` is, in bytes."""
+
+    ref: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found: `bad` are (path, chunk) whose bytes on disk differ from their record."""
+
+    checked_chunks: int
+    checked_bytes: int
+    bad: tuple[tuple[str, int], ...]
+    repaired: int
+    quarantined: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing wrong, or all of it repaired."""
+        return len(self.bad) == self.repaired and not self.quarantined

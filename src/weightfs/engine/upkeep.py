@@ -1,0 +1,119 @@
+"""What people ask of whole refs: wait until complete (`pull`), compare what is cached with the records (`verify`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from weightfs.core.geometry import ChunkSpan
+from weightfs.core.manifest import Trust
+from weightfs.core.planner import Planner
+from weightfs.engine.blobs import BlobState
+from weightfs.engine.catalog import Catalog
+from weightfs.engine.fetcher import Fetcher
+from weightfs.engine.hashing import Hasher
+from weightfs.engine.holdings import Holdings
+from weightfs.engine.seal import Sealer
+from weightfs.engine.status import VerifyProgress, VerifyReport
+from weightfs.errors import FailureKind, IntegrityError, ReadError
+
+
+class Upkeep:
+    """One per engine; holds nothing but its colleagues."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        planner: Planner,
+        fetcher: Fetcher,
+        holdings: Holdings,
+        hasher: Hasher,
+        sealer: Sealer,
+    ) -> None:
+        self._catalog = catalog
+        self._planner = planner
+        self._fetcher = fetcher
+        self._holdings = holdings
+        self._hasher = hasher
+        self._sealer = sealer
+
+    async def complete(self, ref: str) -> None:
+        """Fetch all of a ref and wait until it is sealed.
+
+        KeyError if the ref is not pinned; ReadError if something cannot be had; IntegrityError if the whole is wrong.
+        """
+        for path, state in self._catalog.files(ref):
+            await self._complete(path, state)
+
+    async def _complete(self, path: str, state: BlobState) -> None:
+        while not state.sealed:
+            changed, gave_up = state.changed, state.gave_up
+            await self._holdings.fill(state)
+            self._sealer.poke(state)
+            if state.trust is Trust.QUARANTINED:
+                raise IntegrityError(
+                    f"{path} of {state.ref} is quarantined: its SHA-256 is not the promised one, although every chunk "
+                    "is as it was received; remove it with `weightfs rm` and take it from another mirror"
+                )
+            if failure := self._planner.stuck(state.id):
+                raise ReadError(
+                    f"{path} of {state.ref} cannot be completed: {failure.text}",
+                    kind=failure.kind, ref=state.ref, chunk=failure.chunk, mirror=failure.mirror,
+                )  # fmt: skip
+            if not self._planner.knows(state.id):
+                raise ReadError(
+                    f"{state.ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=state.ref
+                )
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_first_of, changed, nursery.cancel_scope)
+                nursery.start_soon(_first_of, gave_up, nursery.cancel_scope)
+            if gave_up.is_set() and state.gave_up is gave_up:
+                state.gave_up = trio.Event()
+
+    async def verify(
+        self, ref: str, *, repair: bool, on_progress: Callable[[VerifyProgress], None] = lambda _: None
+    ) -> VerifyReport:
+        """Hash everything of a ref that is cached; with `repair`, fetch again what differs from its record.
+
+        KeyError if the ref is not pinned; CacheError if the records cannot be read; ReadError if a repair fails.
+        """
+        files = self._catalog.files(ref)
+        total = sum(state.present_bytes for _, state in files)
+        chunks = done = repaired = 0
+        bad: list[tuple[str, int]] = []
+        for path, state in files:
+            for run in list(state.durable.runs()):
+                start = run.start
+                while start < run.stop:
+                    span = self._hasher.batch(state, start, run.stop)
+                    found = await self._verify_span(state, span)
+                    bad += [(path, chunk) for chunk in found]
+                    if found and repair:
+                        repaired += await self._repair(state, found)
+                    chunks += len(span)
+                    done += len(state.shape.bytes_of(span))
+                    start = span.stop
+                    on_progress(VerifyProgress(ref, done, total))
+        quarantined = tuple(path for path, state in files if state.trust is Trust.QUARANTINED)
+        return VerifyReport(chunks, done, tuple(bad), repaired, quarantined)
+
+    async def _verify_span(self, state: BlobState, span: ChunkSpan) -> list[int]:
+        answer = await self._hasher.hash(state, span)
+        found = [chunk for chunk in answer.bad if chunk in state.durable]  # not what was dropped meanwhile
+        self._holdings.cleared(
+            state, [chunk for chunk in span if chunk not in found and chunk in state.durable]
+        )
+        return found
+
+    async def _repair(self, state: BlobState, chunks: list[int]) -> int:
+        await self._holdings.drop_bad(state, chunks)
+        await self._holdings.prepare(state)
+        for chunk in chunks:
+            await self._fetcher.wait_for(state, ChunkSpan(chunk, chunk + 1))
+        return len(chunks)
+
+
+async def _first_of(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()

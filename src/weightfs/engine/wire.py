@@ -1,0 +1,216 @@
+"""What the engine and its fetch workers say to each other: one JSON object a line, each a dataclass here.
+
+Rule: a line is at most `MAX_LINE` bytes; both ends are the same version of weightfs, so an unknown message is a bug.
+Settings with secrets (headers) travel only here, never in argv or in the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from weightfs.core.manifest import Policy
+from weightfs.sources.base import FetchSettings
+
+MAX_LINE = (
+    8 * 1024 * 1024
+)  # a job for every chunk of the largest chunk list is 32,768 × 64 hex digits, and some
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First to the worker: how to fetch, and how much to buffer."""
+
+    fetch: dict[str, Any]
+    buffer_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchJob:
+    """Fetch chunks `[start, stop)` into the sparse file at `path`. `digests`: hex, one per chunk; empty: no list.
+
+    `whole`: no ranges; of the stream write only the chunks in `wanted`.
+    """
+
+    job: int
+    path: str
+    size: int
+    chunk_length: int
+    start: int
+    stop: int
+    url: str
+    validator: str
+    digests: str = ""
+    whole: bool = False
+    wanted: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class TrimJob:
+    """Do not begin chunks from `at` on."""
+
+    job: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopJob:
+    """End the job now."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class HashJob:
+    """Read chunks `[start, stop)` of the file and compare each with `digests` (hex).
+
+    With `running`, also feed them to the running SHA-256 with state `state` (hex; empty: a new one), and stop at the
+    first that differs.
+    """
+
+    job: int
+    path: str
+    size: int
+    chunk_length: int
+    start: int
+    stop: int
+    digests: str
+    running: bool = False
+    state: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLanded:
+    """Verified against the list where there is one, and written."""
+
+    job: int
+    chunk: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkMismatched:
+    """Not written: `actual` (hex) is not the listed digest."""
+
+    job: int
+    chunk: int
+    actual: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobTrimmed:
+    """Chunks from `stop` on are no longer this job's."""
+
+    job: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobDone:
+    """The job ended well."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailed:
+    """The job ended badly. `kind` is a FailureKind; the rest as in `core.plan.Failure`."""
+
+    job: int
+    kind: str
+    text: str
+    mirror: str = ""
+    retry_after: float | None = None
+    chunk: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """Answer to HashJob.
+
+    `stop`: the chunks before it were read; `bad`: chunks that differ from their record (or that could not be read);
+    `state`: the running state after `stop` (hex), `total`: the SHA-256 if `stop` is the end.
+    """
+
+    job: int
+    stop: int
+    bad: list[int]
+    state: str = ""
+    total: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Sent every few seconds: a worker that is silent for long is stopped or stuck, and is replaced."""
+
+
+ToWorker = Hello | FetchJob | TrimJob | StopJob | HashJob
+FromWorker = ChunkLanded | ChunkMismatched | JobTrimmed | JobDone | JobFailed | Hashed | Alive
+Message = ToWorker | FromWorker
+
+_TYPES: dict[str, type[Any]] = {
+    cls.__name__: cls
+    for cls in (
+        Hello,
+        FetchJob,
+        TrimJob,
+        StopJob,
+        HashJob,
+        ChunkLanded,
+        ChunkMismatched,
+        JobTrimmed,
+        JobDone,
+        JobFailed,
+        Hashed,
+        Alive,
+    )
+}
+
+
+def encode(message: Message) -> bytes:
+    """One line."""
+    fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
+    return json.dumps([type(message).__name__, fields], separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """The inverse of `encode`. ValueError if it is not one of ours."""
+    name, fields = json.loads(line)
+    if name not in _TYPES:
+        raise ValueError(f"unknown worker message {name!r}")
+    message: Message = _TYPES[name](**fields)
+    return message
+
+
+def fetch_settings_to_wire(settings: FetchSettings) -> dict[str, Any]:
+    """For `Hello`."""
+    return dataclasses.asdict(settings)
+
+
+def fetch_settings_from_wire(fields: dict[str, Any]) -> FetchSettings:
+    """The inverse."""
+    tuples = {
+        "headers": tuple((key, value) for key, value in fields["headers"]),
+        "private_hosts": tuple(fields["private_hosts"]),
+        "trusted_keys": tuple(fields["trusted_keys"]),
+        "policy": Policy(fields["policy"]),
+    }
+    return FetchSettings(**{**fields, **tuples})
+
+
+async def read_messages(stream: trio.abc.ReceiveStream) -> AsyncIterator[Message]:
+    """Messages until the other end closes. ValueError on a line that is too long or not ours."""
+    rest = bytearray()
+    async for data in stream:
+        rest += data
+        *lines, tail = rest.split(b"\n")
+        rest = bytearray(tail)
+        if len(rest) > MAX_LINE:
+            raise ValueError(f"a worker message exceeds {MAX_LINE} bytes")
+        for line in lines:
+            yield decode(bytes(line))

@@ -1,0 +1,371 @@
+"""What runs inside a fetch worker: network, hash and write, away from the process that answers the kernel.
+
+Rules: a chunk is written only whole, only after its digest was compared with the list where there is one, and from the
+very buffer that was hashed (docs/design.md, landing order). A mismatched chunk costs that chunk: the job goes on.
+The worker knows nothing of what is present, and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import trio
+
+from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
+from weightfs.core.manifest import Mirror
+from weightfs.engine import wire
+from weightfs.engine.running import RunningSha256
+from weightfs.errors import FailureKind, SourceError
+from weightfs.sources import open_source
+from weightfs.sources.base import FetchSettings, Source
+
+LANDINGS_PER_JOB = 2  # one chunk is hashed and written while the next one arrives
+LANDING_THREADS = 8
+HEARTBEAT_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1
+
+Send = Callable[[wire.FromWorker], Awaitable[None]]
+
+
+class _Buffers:
+    """Chunk buffers, reused; in all at most `limit` bytes, but always at least one buffer."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._free: dict[int, list[bytearray]] = {}
+        self._changed = trio.Condition()
+
+    async def take(self, length: int) -> bytearray:
+        async with self._changed:
+            while self._used and self._used + length > self._limit:
+                await self._changed.wait()
+            self._used += length
+        pool = self._free.get(length)
+        return pool.pop() if pool else bytearray(length)
+
+    async def give(self, buffer: bytearray) -> None:
+        with trio.CancelScope(shield=True):
+            async with self._changed:
+                self._used -= len(buffer)
+                self._free = {len(buffer): self._free.get(len(buffer), [])}
+                if (len(self._free[len(buffer)]) + 1) * len(buffer) <= self._limit:
+                    self._free[len(buffer)].append(buffer)
+                self._changed.notify_all()
+
+
+@dataclass(slots=True)
+class _Running:
+    job: wire.FetchJob
+    stop: int
+    current: int
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    stopped: bool = False
+
+
+def _pwrite_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data = data[written:]
+        offset += written
+
+
+def _land(fd: int, data: memoryview, offset: int, expected: bytes) -> tuple[bool, bytes]:
+    """Hash; compare; write the same buffer. In a thread. (whether it was written, the digest)."""
+    digest = hashlib.sha256(data).digest()
+    if expected and digest != expected:
+        return False, digest
+    _pwrite_all(fd, data, offset)
+    return True, digest
+
+
+def _disk_failure(job: int, error: OSError) -> wire.JobFailed:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        text = "the cache's filesystem is full; free some space or use --cache on a larger one"
+        return wire.JobFailed(job, FailureKind.NO_SPACE, text)
+    return wire.JobFailed(
+        job, FailureKind.DISK, f"the cache cannot be written: {os.strerror(error.errno or errno.EIO)}"
+    )
+
+
+class Worker:
+    """Carries out jobs as they come; every job is answered by exactly one JobDone, JobFailed or Hashed."""
+
+    def __init__(self, fetch: FetchSettings, buffer_bytes: int, send: Send) -> None:
+        self._fetch_settings = fetch
+        self._send = send
+        self._buffers = _Buffers(buffer_bytes)
+        self._jobs: dict[int, _Running] = {}
+        self._sources: dict[str, Source] = {}
+        self._threads = trio.CapacityLimiter(LANDING_THREADS)
+        self._hash_thread = trio.CapacityLimiter(1)
+
+    async def run(self, messages: AsyncIterator[wire.Message]) -> None:
+        """Until `messages` ends; then all jobs are dropped."""
+        try:
+            async with trio.open_nursery() as nursery:
+                async for message in messages:
+                    await self._dispatch(message, nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.move_on_after(1, shield=True):
+                for source in self._sources.values():
+                    await source.aclose()
+
+    async def _dispatch(self, message: wire.Message, nursery: trio.Nursery) -> None:
+        match message:
+            case wire.FetchJob():
+                self._jobs[message.job] = _Running(message, message.stop, message.start)
+                nursery.start_soon(self._fetch, self._jobs[message.job])
+            case wire.TrimJob(job, at):
+                if running := self._jobs.get(job):
+                    running.stop = min(running.stop, max(at, running.current + 1))
+                    await self._send(wire.JobTrimmed(job, running.stop))
+            case wire.StopJob(job):
+                if running := self._jobs.get(job):
+                    running.stopped = True
+                    running.scope.cancel()
+            case wire.HashJob():
+                nursery.start_soon(self._hash, message)
+            case _:
+                raise ValueError(f"a worker was sent {type(message).__name__}")
+
+    def _source(self, url: str) -> Source:
+        scheme = urlsplit(url).scheme
+        if scheme not in self._sources:
+            self._sources[scheme] = open_source(scheme, self._fetch_settings)
+        return self._sources[scheme]
+
+    async def _fetch(self, running: _Running) -> None:
+        job = running.job
+        answer: wire.FromWorker = wire.JobFailed(job.job, FailureKind.CANCELLED, "stopped")
+        try:
+            with running.scope:
+                await self._transfer(running)
+                answer = wire.JobDone(job.job)
+        except SourceError as error:
+            answer = wire.JobFailed(
+                job.job, error.kind, str(error), error.mirror, error.retry_after, running.current
+            )
+        except OSError as error:
+            answer = _disk_failure(job.job, error)
+        finally:
+            self._jobs.pop(job.job, None)
+        await self._send(answer)
+
+    async def _transfer(self, running: _Running) -> None:
+        job = running.job
+        shape = BlobShape(job.size, job.chunk_length)
+        fd = await trio.to_thread.run_sync(os.open, job.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            span = shape.bytes_of(ChunkSpan(job.start, job.stop))
+            mirror = Mirror(job.url, validator=job.validator)
+            opened = self._source(job.url).open_range(mirror, shape, span, whole=job.whole)
+            async with _unwrapped(), opened as pieces, trio.open_nursery() as landings:
+                await self._assemble(running, shape, pieces, fd, landings)
+        finally:
+            os.close(fd)
+
+    async def _assemble(
+        self,
+        running: _Running,
+        shape: BlobShape,
+        pieces: AsyncIterator[bytes],
+        fd: int,
+        landings: trio.Nursery,
+    ) -> None:
+        """Cut the stream into chunks; start the landing of each when it is whole. Ends early where it was trimmed."""
+        job = running.job
+        wanted = frozenset(job.wanted) if job.whole else None
+        slots = trio.Semaphore(LANDINGS_PER_JOB)
+        chunk, filled = job.start, 0
+        length = len(shape.span_of(chunk))
+        buffer: bytearray | None = None
+        try:
+            async for piece in pieces:
+                view = memoryview(piece)
+                while view:
+                    if filled == 0 and (wanted is None or chunk in wanted):
+                        buffer = await self._buffers.take(shape.chunk_length)
+                    count = min(length - filled, len(view))
+                    if buffer is not None:
+                        buffer[filled : filled + count] = view[:count]
+                    filled += count
+                    view = view[count:]
+                    if filled < length:
+                        continue
+                    if buffer is not None:
+                        await slots.acquire()
+                        full, buffer = buffer, None
+                        landings.start_soon(self._land_chunk, job, shape, chunk, full, fd, slots)
+                    chunk, filled = chunk + 1, 0
+                    if chunk >= running.stop:
+                        return
+                    running.current = chunk
+                    length = len(shape.span_of(chunk))
+        finally:
+            if buffer is not None:
+                await self._buffers.give(buffer)
+
+    async def _land_chunk(
+        self,
+        job: wire.FetchJob,
+        shape: BlobShape,
+        chunk: int,
+        buffer: bytearray,
+        fd: int,
+        slots: trio.Semaphore,
+    ) -> None:
+        span = shape.span_of(chunk)
+        index = (chunk - job.start) * 64
+        expected = bytes.fromhex(job.digests[index : index + 64])
+        try:
+            # A thread that writes is never abandoned, so a stopped job writes nothing afterwards.
+            data = memoryview(buffer)[: len(span)]
+            landed, digest = await trio.to_thread.run_sync(
+                _land, fd, data, span.start, expected, limiter=self._threads
+            )
+        finally:
+            await self._buffers.give(buffer)
+        kind = wire.ChunkLanded if landed else wire.ChunkMismatched
+        with trio.CancelScope(
+            shield=True
+        ):  # it is written: that must be known even if the connection broke just now
+            await self._send(kind(job.job, chunk, digest.hex()))
+        slots.release()
+
+    async def _hash(self, job: wire.HashJob) -> None:
+        try:
+            answer: wire.FromWorker = await trio.to_thread.run_sync(
+                hash_chunks, job, limiter=self._hash_thread
+            )
+        except OSError as error:
+            answer = _disk_failure(job.job, error)
+        await self._send(answer)
+
+
+@contextlib.asynccontextmanager
+async def _unwrapped() -> AsyncIterator[None]:
+    """A nursery wraps what its tasks raise; a job has one cause of death, which is what we want to report."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        causes = [error for error in _leaves(group) if not isinstance(error, trio.Cancelled)]
+        raise (causes[0] if causes else group) from None
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+def _read_span(fd: int, span: ByteSpan) -> bytes:
+    """All of `span`, or OSError: a short read is a fault, never zeros."""
+    data = os.pread(fd, len(span), span.start)
+    while len(data) < len(span):
+        more = os.pread(fd, len(span) - len(data), span.start + len(data))
+        if not more:
+            raise OSError(errno.EIO, "short read of the cache file")
+        data += more
+    return data
+
+
+def hash_chunks(job: wire.HashJob) -> wire.Hashed:
+    """Carry out a HashJob, in a thread. Each chunk must equal its record before the running hash is fed with it."""
+    shape = BlobShape(job.size, job.chunk_length)
+    running = (
+        RunningSha256(bytes.fromhex(job.state) or None, job.start * job.chunk_length) if job.running else None
+    )
+    bad: list[int] = []
+    chunk = job.start
+    fd = os.open(job.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        for chunk in range(job.start, job.stop):
+            index = (chunk - job.start) * 64
+            try:
+                data = _read_span(fd, shape.span_of(chunk))
+            except OSError:
+                data = b""
+            if hashlib.sha256(data).hexdigest() != job.digests[index : index + 64]:
+                bad.append(chunk)
+                if running:
+                    break
+            elif running:
+                running.update(data)
+        else:
+            chunk = job.stop
+    finally:
+        os.close(fd)
+    if running is None:
+        return wire.Hashed(job.job, job.stop, bad)
+    if chunk == shape.chunk_count:
+        return wire.Hashed(job.job, chunk, bad, "", running.digest().hex())
+    return wire.Hashed(job.job, chunk, bad, running.state().hex() if running.SAVABLE and chunk else "")
+
+
+# ---- the process
+
+
+async def serve(stream: trio.SocketStream) -> None:
+    """Speak with the engine over `stream` until it closes."""
+    send_channel, outgoing = trio.open_memory_channel[wire.FromWorker](256)
+    messages = wire.read_messages(stream)
+    hello = await anext(messages)
+    if not isinstance(hello, wire.Hello):
+        raise TypeError("the engine did not say hello first")
+    worker = Worker(wire.fetch_settings_from_wire(hello.fetch), hello.buffer_bytes, send_channel.send)
+
+    async def write() -> None:
+        async for message in outgoing:
+            await stream.send_all(wire.encode(message))
+
+    async def beat() -> None:
+        while True:
+            await send_channel.send(wire.Alive())
+            await trio.sleep(HEARTBEAT_SECONDS)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write)
+        nursery.start_soon(beat)
+        await worker.run(messages)
+        nursery.cancel_scope.cancel()
+
+
+def die_with_parent(parent: int) -> None:
+    """SIGKILL when the engine's process ends, however it ends: no writer may outlive the owner of the index."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main() -> None:
+    """`python -m weightfs.engine.worker FD PARENT_PID`."""
+    fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the engine decides
+    sys.setswitchinterval(
+        0.001
+    )  # hashing threads and the network share the interpreter: measured, integrity.md
+
+    async def run() -> None:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+        with contextlib.suppress(trio.BrokenResourceError, BrokenPipeError):
+            await serve(stream)
+
+    trio.run(run)
+
+
+if __name__ == "__main__":
+    main()

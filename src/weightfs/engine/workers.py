@@ -1,0 +1,206 @@
+"""The pool of fetch workers: processes (or, with `workers = 0`, this one) that carry out jobs.
+
+Rules: every submitted job is answered exactly once to `handle`, also when its worker dies (JobFailed, kind WORKER), and
+only after that process is gone, so that nobody writes what somebody else may be given. A worker that is silent for
+`SILENCE_SECONDS` is killed. Queues are bounded by the planner's job limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from weightfs.engine import wire
+from weightfs.engine.settings import EngineSettings
+from weightfs.engine.worker import Worker
+from weightfs.errors import FailureKind
+
+log = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 30.0  # six heartbeats
+STOP_SECONDS = 2.0
+QUEUE = 4096  # messages to one worker; the planner has far fewer jobs
+RESTART_DELAYS = (0.0, 0.5, 2.0, 10.0)  # after quick deaths in a row
+QUICK_DEATH_SECONDS = 10.0
+
+Handle = Callable[[wire.FromWorker], None]
+
+
+@dataclass(slots=True)
+class _Slot:
+    number: int
+    jobs: set[int] = field(default_factory=set)
+    outgoing: trio.MemorySendChannel[wire.ToWorker] | None = None
+    pid: int = 0
+
+
+class WorkerPool:
+    """Give `handle` to it, `run` it in a nursery, then `submit`. `handle` is called in the trio thread."""
+
+    def __init__(self, settings: EngineSettings, handle: Handle, *, keep_fds: tuple[int, ...] = ()) -> None:
+        self._settings = settings
+        self._handle = handle
+        # Open in every worker: the cache's lock outlives the engine for as long as one of its writers lives.
+        self._keep_fds = keep_fds
+        self._slots = [_Slot(number) for number in range(max(1, settings.workers))]
+        self._where: dict[int, _Slot] = {}
+        self._waiting: list[
+            wire.FetchJob | wire.HashJob
+        ] = []  # while no worker is up; bounded by the planner
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the living workers; empty with `workers = 0`."""
+        return tuple(slot.pid for slot in self._slots if slot.pid)
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs are not answered yet."""
+        return len(self._where) + len(self._waiting)
+
+    def submit(self, job: wire.FetchJob | wire.HashJob) -> None:
+        """Give the job to the least loaded worker."""
+        ready = [slot for slot in self._slots if slot.outgoing is not None]
+        if not ready:
+            self._waiting.append(job)
+            return
+        slot = min(ready, key=lambda slot: len(slot.jobs))
+        slot.jobs.add(job.job)
+        self._where[job.job] = slot
+        self._send(slot, job)
+
+    def tell(self, message: wire.TrimJob | wire.StopJob) -> None:
+        """Pass it to the worker that has the job, if one has."""
+        slot = self._where.get(message.job)
+        if slot is not None:
+            self._send(slot, message)
+            return
+        for job in [job for job in self._waiting if job.job == message.job]:
+            self._waiting.remove(job)
+            self._handle(wire.JobFailed(job.job, FailureKind.CANCELLED, "stopped"))
+
+    def _send(self, slot: _Slot, message: wire.ToWorker) -> None:
+        if slot.outgoing is not None:
+            # A dead worker's channel is closed (its jobs are about to be answered); a full one cannot be: QUEUE.
+            with contextlib.suppress(trio.BrokenResourceError):
+                slot.outgoing.send_nowait(message)
+
+    def _answered(self, message: wire.FromWorker) -> None:
+        match message:
+            case wire.Alive():
+                return
+            case wire.JobDone(job) | wire.JobFailed(job) | wire.Hashed(job):
+                slot = self._where.pop(job, None)
+                if slot is not None:
+                    slot.jobs.discard(job)
+        self._handle(message)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the workers alive until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for slot in self._slots:
+                nursery.start_soon(self._keep, slot)
+            task_status.started()
+
+    async def _keep(self, slot: _Slot) -> None:
+        deaths = 0
+        once = self._in_process if self._settings.workers == 0 else self._process
+        while True:
+            born = trio.current_time()
+            try:
+                await once(slot)
+            finally:
+                slot.outgoing, slot.pid = None, 0
+                self._bury(slot)
+            deaths = deaths + 1 if trio.current_time() - born < QUICK_DEATH_SECONDS else 1
+            log.warning("fetch worker %d ended; starting another", slot.number)
+            await trio.sleep(RESTART_DELAYS[min(deaths - 1, len(RESTART_DELAYS) - 1)])
+
+    def _bury(self, slot: _Slot) -> None:
+        for job in sorted(slot.jobs):
+            self._where.pop(job, None)
+        jobs, slot.jobs = sorted(slot.jobs), set()
+        for job in jobs:
+            self._handle(wire.JobFailed(job, FailureKind.WORKER, "the fetch worker ended"))
+
+    def _open(self, slot: _Slot) -> trio.MemoryReceiveChannel[wire.ToWorker]:
+        send, receive = trio.open_memory_channel[wire.ToWorker](QUEUE)
+        slot.outgoing = send
+        waiting, self._waiting = self._waiting, []
+        for job in waiting:
+            self.submit(job)
+        return receive
+
+    async def _in_process(self, slot: _Slot) -> None:
+        async def send(message: wire.FromWorker) -> None:
+            self._answered(message)
+            await trio.lowlevel.checkpoint()
+
+        worker = Worker(self._settings.fetch, self._settings.worker_buffer_bytes, send)
+        receive = self._open(slot)
+
+        async def messages() -> AsyncIterator[wire.Message]:
+            async for message in receive:
+                yield message
+
+        await worker.run(messages())
+
+    async def _process(self, slot: _Slot) -> None:
+        """One life of one worker process."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            argv = [sys.executable, "-m", "weightfs.engine.worker", str(theirs.fileno()), str(os.getpid())]
+            process = await trio.lowlevel.open_process(
+                argv, pass_fds=[theirs.fileno(), *self._keep_fds], stdin=subprocess.DEVNULL
+            )
+        slot.pid = process.pid
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        try:
+            await self._converse(slot, stream)
+        except (trio.BrokenResourceError, ValueError) as error:
+            log.warning("fetch worker %d (pid %d): %s", slot.number, process.pid, error)
+        finally:
+            slot.outgoing = None
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)  # its end of input: it ends by itself
+                with trio.move_on_after(STOP_SECONDS):
+                    await process.wait()
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+
+    async def _converse(self, slot: _Slot, stream: trio.SocketStream) -> None:
+        hello = wire.Hello(
+            wire.fetch_settings_to_wire(self._settings.fetch), self._settings.worker_buffer_bytes
+        )
+        await stream.send_all(wire.encode(hello))
+        receive = self._open(slot)
+        silence = trio.CancelScope(deadline=trio.current_time() + SILENCE_SECONDS)
+
+        async def write() -> None:
+            async for message in receive:
+                await stream.send_all(wire.encode(message))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            with silence:
+                async for message in wire.read_messages(stream):
+                    silence.deadline = trio.current_time() + SILENCE_SECONDS
+                    self._answered(message)  # type: ignore[arg-type]  # a worker sends nothing but FromWorker
+            if silence.cancelled_caught:
+                log.warning(
+                    "fetch worker %d was silent for %d s; replacing it",
+                    slot.number,
+                    math.ceil(SILENCE_SECONDS),
+                )
+                os.kill(slot.pid, 9)
+            nursery.cancel_scope.cancel()
