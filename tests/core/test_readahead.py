@@ -81,7 +81,7 @@ def test_the_kernels_reordering_does_not_break_a_stream(seed: int, in_flight: in
     order = sorted(range(len(spans)), key=lambda n: n + random.uniform(0, in_flight))
     got = widths(ReadAhead(SHAPE, max_window=16 * MIB), [spans[n] for n in order])
     assert max(got) == 16
-    assert max(got[: 8 * 3]) <= 8
+    assert max(got[:8]) <= 4  # at most request 19 has come, so at most two chunks were left behind
 
 
 def test_requests_that_arrive_swapped() -> None:

@@ -13,7 +13,7 @@ import ipaddress
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 from weightfs.core.manifest import check_path
 from weightfs.errors import RefError
@@ -23,7 +23,11 @@ _SHOWN_CHARS = 160
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_NETLOC = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253})(?::(?P<port>[0-9]{0,5}))?")
+_AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253})(?::(?P<port>[0-9]{0,5}))?")
+_HTTP_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<authority>[^/?]*)(?P<path>[^?]*)(?:\?(?P<query>.*))?",
+    re.IGNORECASE | re.DOTALL | re.ASCII,
+)
 _FRAGMENT = re.compile(r"sha256=([0-9A-Fa-f]{64})")
 _PATH_FRAGMENT = re.compile(r"(.*)#(sha256=[0-9A-Fa-f]{64})", re.DOTALL)
 _ESCAPE = re.compile(r"%(.{0,2})", re.DOTALL)
@@ -83,20 +87,20 @@ def tree_of(ref: Ref) -> tuple[str, str]:
     Percent-escapes are decoded. A query is not part of it. Raises RefError, which `parse_ref` has done
     already for http, https and file refs; for other schemes the source decides about its tree.
     """
-    parts = urlsplit(ref.url)
+    authority, _, path = ref.url.partition("://")[2].partition("?")[0].partition("/")
     try:
-        names = [unquote(name, errors="strict") for name in parts.path.split("/")[1:]]
+        names = [unquote(name, errors="strict") for name in path.split("/")]
     except UnicodeDecodeError:
         raise RefError(
             f"The path of {_shown(ref.url)} is not UTF-8; rename the file at the origin."
         ) from None
-    if not names or not names[-1]:
+    if not names[-1]:
         raise RefError(f"The ref {_shown(ref.url)} names no file; add the file's name after the last slash.")
     if any("/" in name for name in names):
         raise RefError(
             f"The path of {_shown(ref.url)} holds an escaped slash (%2F); weightfs cannot name such a file."
         )
-    tree = "/".join([ref.scheme, *([parts.netloc] if parts.netloc else []), *names[:-1]])
+    tree = "/".join([ref.scheme, *([authority] if authority else []), *names[:-1]])
     try:
         check_path(f"{tree}/{names[-1]}")
     except ValueError as error:
@@ -108,22 +112,21 @@ def canonical_url(url: str) -> str:
     """An http(s) URL in canonical form. RefError: other scheme, userinfo, bad host or port, a fragment."""
     if len(url) > MAX_REF_CHARS or _CONTROL.search(url):
         raise RefError(f"The URL {_shown(url)} is too long or holds a control character.")
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise RefError(f"The host of {_shown(url)} is malformed.") from None
-    if parts.scheme not in _DEFAULT_PORTS:
+    if "#" in url:
+        raise RefError(f"The URL {_shown(url)} has a fragment, which no origin is ever sent; remove it.")
+    # Not urlsplit: it drops some characters silently, and what it checks of a host differs by Python version.
+    match = _HTTP_URL.fullmatch(url)
+    if match is None:
         raise RefError(f"The URL {_shown(url)} is neither http nor https.")
-    if "@" in parts.netloc:
+    if "@" in match["authority"]:
         raise RefError(
             f"The URL {_shown(url)} holds a user name or password; put the token into the config instead."
         )
-    if "#" in url:
-        raise RefError(f"The URL {_shown(url)} has a fragment, which no origin is ever sent; remove it.")
-    netloc = _canonical_netloc(parts.netloc, _DEFAULT_PORTS[parts.scheme], url)
-    path = _canonical_escapes(parts.path or "/", _PATH_SAFE, url)
-    query = f"?{_canonical_escapes(parts.query, _QUERY_SAFE, url)}" if parts.query else ""
-    return f"{parts.scheme}://{netloc}{path}{query}"
+    scheme = match["scheme"].lower()
+    authority = _canonical_authority(match["authority"], _DEFAULT_PORTS[scheme], url)
+    path = _canonical_escapes(match["path"] or "/", _PATH_SAFE, url)
+    query = f"?{_canonical_escapes(match['query'], _QUERY_SAFE, url)}" if match["query"] else ""
+    return f"{scheme}://{authority}{path}{query}"
 
 
 def without_secrets(url: str) -> str:
@@ -193,10 +196,10 @@ def _digest_of(fragment: str, text: str) -> bytes | None:
     return bytes.fromhex(match[1])
 
 
-def _canonical_netloc(netloc: str, default_port: int, url: str) -> str:
-    if not netloc.isascii():
+def _canonical_authority(authority: str, default_port: int, url: str) -> str:
+    if not authority.isascii():
         raise RefError(f"The host of {_shown(url)} is not ASCII; write it in its xn-- form.")
-    match = _NETLOC.fullmatch(netloc.lower())
+    match = _AUTHORITY.fullmatch(authority.lower())
     if match is None:
         raise RefError(f"The URL {_shown(url)} names no host, or what it names is none.")
     host = match["host"]
