@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rows
-from contenders import BenchError, run
+from contenders import MIB, BenchError, run
 from report import Measure, write
 
 BUILD = Path(__file__).parents[2] / "build"
@@ -32,9 +32,8 @@ SHM = Path("/dev/shm")
 
 def machine(work: Path, sizes: str) -> dict[str, str]:
     """What the figures depend on."""
-    model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?"
-    )
+    cpus = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in cpus if line.startswith("model name")), "?")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
     disk = run("df", "--output=fstype", work).split()[-1]
     return {
@@ -87,7 +86,7 @@ def main() -> int:
         parent = arguments.work or Path(tempfile.gettempdir())
         work = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-bench-", dir=parent)))
         shm = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-bench-", dir=SHM)))
-        bench = ends.enter_context(rows.Bench(work, shm, arguments.rounds, arguments.size * rows.MIB))
+        bench = ends.enter_context(rows.Bench(work, shm, arguments.rounds, arguments.size * MIB))
         about = machine(work, f"{arguments.size} MiB files, {arguments.rounds} rounds")
         if not shutil.which("rclone"):
             sys.exit("bench: rclone is missing: run `make bench`, which installs it")

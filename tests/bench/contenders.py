@@ -124,6 +124,7 @@ class WeightfsMount:
         self.mountpoint = mountpoint
         self.cache = cache
         self.pid = 0
+        self.mounted_at = 0.0  # monotonic time at which the command had come back
 
     @contextlib.contextmanager
     def mounted(
@@ -143,6 +144,7 @@ class WeightfsMount:
             "--detach",
             *options,
         )
+        self.mounted_at = time.monotonic()
         try:
             self.pid = int(self.status()["pid"])
             yield self
