@@ -129,12 +129,20 @@ def test_benches_double_with_each_incident_and_are_bounded(
     assert max(benches) == benches[-1] == longest
 
 
-def test_parallel_jobs_that_fail_together_are_one_incident() -> None:
+@pytest.mark.parametrize(("kind", "bench"), [(FailureKind.RESET, 1.0), (FailureKind.MISMATCH, 60.0)])
+def test_parallel_jobs_that_fail_together_are_one_incident(kind: FailureKind, bench: float) -> None:
     made = board(1)
     for _ in range(8):
-        made.failed(0, FailureKind.RESET, 100.0)
-    assert bench_of(made, 0, 100.0) == 1.0
+        made.failed(0, kind, 100.0)
+    assert bench_of(made, 0, 100.0) == bench
     assert made.snapshot()[0].faults == 8
+
+
+def test_the_first_wrong_bytes_count_even_on_the_bench() -> None:
+    made = board(1)
+    made.failed(0, FailureKind.RESET, 0.0)
+    made.failed(0, FailureKind.MISMATCH, 0.5)
+    assert bench_of(made, 0, 0.5) == 60.0
 
 
 def test_a_success_ends_the_streak_but_excuses_no_wrong_bytes() -> None:

@@ -133,6 +133,12 @@ def test_strides_are_no_stream() -> None:
     assert set(widths(ReadAhead(SHAPE), spans)) == {0}
 
 
+def test_a_page_read_over_and_over_is_no_credit_for_a_leap() -> None:
+    ahead = ReadAhead(SHAPE)
+    assert set(widths(ahead, [ByteSpan(0, PAGE)] * 1000)) == {0}
+    assert ahead.observe(ByteSpan(3 * MIB, 3 * MIB + PAGE), True) is None
+
+
 def test_a_stream_with_small_gaps_is_one() -> None:
     # Pages that the kernel still has are not asked for again.
     spans = [span for n, span in enumerate(reads(0, 40 * 8)) if n % 4]

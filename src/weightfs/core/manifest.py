@@ -146,7 +146,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A ref resolved and pinned. `tree` is the directory below `models/` that holds the entries, e.g. `https/host/dir`."""
+    """A ref resolved and pinned. `tree`: the directory below `models/` of the entries, e.g. `https/host/dir`."""
 
     ref: str
     revision: str
