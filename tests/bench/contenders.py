@@ -161,9 +161,15 @@ class WeightfsMount:
         return found
 
     def path(self, name: str) -> Path:
-        """Where a file of this name is on the mount."""
-        found = [path for path in (self.mountpoint / "models").rglob(name) if path.is_file()]
-        if len(found) != 1:
+        """Where a file of this name is on the mount; a new ref is there once its origin has answered."""
+        found: list[Path] = []
+
+        def appeared() -> bool:
+            found[:] = (path for path in (self.mountpoint / "models").rglob(name) if path.is_file())
+            return bool(found)
+
+        wait(f"{name} on the mount", appeared)
+        if len(found) > 1:
             raise BenchError(f"{len(found)} files named {name} on the mount")
         return found[0]
 

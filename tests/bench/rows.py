@@ -37,7 +37,6 @@ from contenders import (
     warm,
     weightfs_pull,
 )
-from records import fill_cache
 from report import OURS, Aim, Measure
 
 from weightfs.testing.link import Link
@@ -45,7 +44,7 @@ from weightfs.testing.nginx import Nginx
 
 MB = 1_000_000
 NAME = "model.gguf"
-OTHER = "other.gguf"
+TLS = "tls"
 BIG = "big.gguf"
 BIG_SIZE = 20 * 10**9
 BIG_SECONDS = 15.0  # of filling, per round
@@ -73,9 +72,12 @@ class Bench:
         with self.ends:
             root = empty(self.shm / "origin")
             self.origin = self.ends.enter_context(Nginx(root, workers=2, server_config="autoindex on;"))
-            for name in (NAME, OTHER):
-                write_random(root / name, self.size)
-                run(WEIGHTFS, "publish", root / name, "--url", self.origin.url(name))
+            write_random(root / NAME, self.size)
+            run(WEIGHTFS, "publish", root / NAME, "--url", self.origin.url(NAME))
+            # A .meta4 names mirrors: what is fetched over https is published apart, so that all of it is.
+            (root / TLS).mkdir()
+            os.link(root / NAME, root / TLS / NAME)
+            run(WEIGHTFS, "publish", root / TLS / NAME, "--url", self.origin.https_url(f"{TLS}/{NAME}"))
             self.ends = self.ends.pop_all()
         return self
 
@@ -124,7 +126,7 @@ def fill_row(key: str, scheme: str, on_disk: bool) -> Callable[[Bench], Measure]
 
     def row(bench: Bench) -> Measure:
         place = bench.work if on_disk else bench.shm
-        url = bench.origin.https_url(NAME) if scheme == "https" else bench.origin.url(NAME)
+        url = bench.origin.https_url(f"{TLS}/{NAME}") if scheme == "https" else bench.origin.url(NAME)
         ca_file = bench.origin.ca_file
 
         def fetched_by(fetch: Callable[[str, Path, Path], float]) -> Callable[[], float]:
@@ -446,6 +448,8 @@ def memory(bench: Bench) -> Measure:
 
 def start(bench: Bench) -> Measure:
     """From the command to a mount that answers, with a million chunk records, and with none."""
+    from records import fill_cache
+
     full = empty(bench.work / "records")
     none = empty(bench.work / "no-records")
     refs = fill_cache(full, RECORDS)
@@ -458,15 +462,11 @@ def start(bench: Bench) -> Measure:
             mount = WeightfsMount(bench.work / "weightfs-mnt", cache)
             before = time.monotonic()
             with mount.mounted(*options, fill="never"):
-                seconds = mount_seconds(before, mount)
                 if not serves(mount):
                     raise BenchError("the mount does not serve what the cache holds")
-                return seconds
+            return mount.mounted_at - before
 
         return measured
-
-    def mount_seconds(before: float, mount: WeightfsMount) -> float:
-        return float(mount.mounted_at) - before
 
     try:
         return bench.turns(

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 WEIGHTFS = Path(sys.executable).with_name("weightfs")
 COMMAND_SECONDS = 60.0
 PROGRAM_SECONDS = 180.0
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 
 GGUF = "tiny-llama.gguf"
 SAFETENSORS = "tiny-llama.safetensors"
@@ -162,7 +162,10 @@ class Stage:
         self.weightfs("mount", *self.mount_arguments(fill, names))
         seconds = time.monotonic() - started
         self._pids.add(int(self.status()["pid"]))
-        return seconds
+        # A new ref is there once its origin has answered, which need not be when the command comes back.
+        return seconds + self.wait(
+            "the files on the mount", lambda: all(self.path(n).is_file() for n in names)
+        )
 
     def mount_arguments(self, fill: str, names: Sequence[str] = (GGUF, SAFETENSORS)) -> list[str]:
         """What follows `weightfs mount`."""
