@@ -33,6 +33,9 @@ class FetchSettings:
     trusted_keys: tuple[str, ...] = ()  # minisign public keys (base64 line)
     chunks: str | None = None  # --chunks FILE|URL: where the .meta4 is, instead of beside the file
     policy: Policy = Policy.PROVISIONAL
+    # Origins ("https://host:port", or any URL there) that get `headers`, besides those of refs that the same
+    # Source resolved: a fetch worker resolves nothing, and needs it.
+    header_origins: tuple[str, ...] = ()
 
 
 class Source(Protocol):
