@@ -1,0 +1,192 @@
+"""`weightfs mount`: the mount first, from the index alone; then the network; and an end that leaves nothing.
+
+A ref that the cache knows is served without asking anybody. A new one is asked for once the mount is up: if
+its origin says that there is no such thing, the whole start fails; if the origin cannot be reached, the mount
+stays and asks again and again.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from weightfs.app import notify, registry
+from weightfs.app.interrupts import run_until_signal
+from weightfs.app.local import open_local
+from weightfs.control.operations import ProcessInfo
+from weightfs.core.ref import Ref
+from weightfs.core.retry import delay, is_permanent
+from weightfs.engine.engine import Engine
+from weightfs.engine.settings import EngineSettings
+from weightfs.errors import MountError, SourceError, WeightfsError
+from weightfs.layouts.models import ModelsLayout
+from weightfs.logs import redact
+from weightfs.mount import mounttable
+from weightfs.mount.serve import Mounted, serve
+from weightfs.mount.session import MountOptions
+
+# How long "ready" may wait for the first answers about new refs; the mount serves all the while.
+FIRST_ANSWERS: Final = 30.0  # seconds
+RESOLVE_AT_ONCE: Final = 4
+RETRY_BASE: Final = 5.0
+RETRY_CAP: Final = 60.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MountOrder:
+    """What to mount and how."""
+
+    mountpoint: Path  # absolute
+    cache: Path
+    refs: tuple[Ref, ...]
+    engine: EngineSettings
+    mount: MountOptions
+
+
+def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> int:
+    """Serve until a signal or until unmounted from outside; the exit code.
+
+    Args:
+        order: What to do.
+        on_ready: Called once, when the mount serves and every new ref has been asked for, with warnings.
+
+    Raises:
+        WeightfsError: It could not start, or the mount broke.
+    """
+
+    def detach_at_once() -> None:
+        try:
+            mounttable.take_away(order.mountpoint, lazy=True)
+        except (OSError, MountError) as error:
+            log.error("the mount at %s stays behind: %s", order.mountpoint, error)  # one line
+
+    trio.run(partial(run_until_signal, partial(_serve, order, on_ready), last_resort=detach_at_once))
+    return 0
+
+
+async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> None:
+    info = ProcessInfo("mount", order.cache, order.mountpoint, int(time.time()))
+    try:
+        async with (
+            open_local(info, order.engine, create=True, serve_control=True) as (engine, _),
+            trio.open_nursery() as nursery,
+        ):
+            mounted = await nursery.start(_mount, order, engine, nursery.cancel_scope)
+            with registry.registered(mounted.path, order.cache):
+                await _greet(order, engine, mounted, nursery, on_ready)
+                await trio.sleep_forever()
+    finally:
+        notify.notify("STOPPING=1")
+
+
+async def _mount(
+    order: MountOrder,
+    engine: Engine,
+    scope: trio.CancelScope,
+    task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve, and end everything when somebody unmounts from outside."""
+    await serve(order.mountpoint, engine, [ModelsLayout()], order.mount, task_status=task_status)
+    log.info("%s was unmounted", order.mountpoint)
+    scope.cancel()
+
+
+async def _greet(
+    order: MountOrder,
+    engine: Engine,
+    mounted: Mounted,
+    nursery: trio.Nursery,
+    on_ready: Callable[[Sequence[str]], None],
+) -> None:
+    log.info("%s serves the cache %s", mounted.path, order.cache)
+    notify.notify("READY=1")
+    interval = notify.watchdog_interval()
+    if interval is not None:
+        nursery.start_soon(_ping, mounted, interval)
+    known = {stored.manifest.ref for stored in engine.refs()}
+    new = [ref for ref in order.refs if str(ref) not in known]
+    answers = _FirstAnswers(engine, nursery)
+    with trio.move_on_after(FIRST_ANSWERS):
+        await answers.ask(new)
+    on_ready(answers.warnings)
+
+
+async def _ping(mounted: Mounted, interval: float) -> None:
+    while True:
+        if await mounted.probe(interval):
+            notify.notify("WATCHDOG=1")
+        await trio.sleep(interval)
+
+
+class _FirstAnswers:
+    """Asks for new refs once; whatever could not be reached is asked for again in `nursery`."""
+
+    def __init__(self, engine: Engine, nursery: trio.Nursery) -> None:
+        self._engine = engine
+        self._nursery = nursery
+        self._limit = trio.CapacityLimiter(RESOLVE_AT_ONCE)
+        self.warnings: list[str] = []
+
+    async def ask(self, refs: Sequence[Ref]) -> None:
+        """Return when each has been answered or found out of reach; the first permanent error is raised."""
+        pending = [_Pending(ref) for ref in refs]
+        for one in pending:
+            self._nursery.start_soon(self._resolve, one)
+        for one in pending:
+            await one.asked.wait()
+            if one.error is not None:
+                raise one.error
+            if one.warning:
+                self.warnings.append(one.warning)
+
+    async def _resolve(self, one: _Pending) -> None:
+        attempt = 0
+        while not await self._try(one, attempt):
+            pause = delay(attempt, base=RETRY_BASE, cap=RETRY_CAP, retry_after=None, jitter=random.random())  # noqa: S311  # no secret
+            await trio.sleep(max(pause, RETRY_BASE))
+            attempt += 1
+
+    async def _try(self, one: _Pending, attempt: int) -> bool:
+        """Whether this was the last word on the ref."""
+        try:
+            async with self._limit:
+                await self._engine.add(one.ref)
+            if attempt:
+                log.info("%s is there now", redact(str(one.ref)))
+        except SourceError as error:
+            if not is_permanent(error.kind):
+                one.warning = f"{error}; the mount serves what the cache has, and goes on asking"
+                log.warning("%s", one.warning)
+                one.asked.set()
+                return False
+            one.fail(error)
+        except WeightfsError as error:
+            one.fail(error)
+        one.asked.set()
+        return True
+
+
+class _Pending:
+    """A ref that is being asked for."""
+
+    def __init__(self, ref: Ref) -> None:
+        self.ref = ref
+        self.asked = trio.Event()
+        self.error: WeightfsError | None = None
+        self.warning = ""
+
+    def fail(self, error: WeightfsError) -> None:
+        """The origin's last word was no."""
+        if self.asked.is_set():
+            log.error("%s; the ref is given up until the next start", error)
+        self.error = error

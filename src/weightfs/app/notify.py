@@ -1,0 +1,39 @@
+"""sd_notify(3): one datagram to the socket that NOTIFY_SOCKET names. A manager that is not there is no error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
+
+
+def notify(message: str, env: Mapping[str, str] | None = None) -> bool:
+    """Send `message` (for example `READY=1`); whether it was sent."""
+    address = (os.environ if env is None else env).get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return False
+    if address.startswith("@"):
+        address = "\0" + address[1:]  # an abstract address: unix(7)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.setblocking(False)
+            sock.connect(address)
+            sock.send(message.encode())
+    except OSError as error:
+        log.warning("the service manager could not be told %r: %s", message, error.strerror)
+        return False
+    return True
+
+
+def watchdog_interval(env: Mapping[str, str] | None = None) -> float | None:
+    """Seconds between two pings: half of what the service manager allows (sd_watchdog_enabled(3)); None: not asked."""
+    env = os.environ if env is None else env
+    try:
+        micros = int(env.get("WATCHDOG_USEC", ""))
+        pid = int(env.get("WATCHDOG_PID", str(os.getpid())))
+    except ValueError:
+        return None
+    return micros / 2_000_000 if micros > 0 and pid == os.getpid() else None

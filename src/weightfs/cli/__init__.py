@@ -1,0 +1,58 @@
+"""The command line. Start-up is quick: a command imports what it needs when it runs, and `--help` only click."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+import weightfs
+from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
+from weightfs.cli.keeping import rm, verify
+from weightfs.cli.looking import ls, status
+from weightfs.cli.mounting import mount, umount
+from weightfs.cli.publishing import publish
+from weightfs.cli.pulling import pull
+
+EPILOG = """\b
+Examples:
+  weightfs mount ~/models https://models.example.com/tiny.gguf
+  llama-cli -m ~/models/models/https/models.example.com/tiny.gguf
+  weightfs pull https://models.example.com/tiny.gguf
+  weightfs umount ~/models
+
+\b
+Exit codes:
+  0    done; for pull and verify: and everything is as it should be
+  1    a fault of weightfs itself (-v shows the traceback)
+  2    what was typed or configured is wrong; nothing was done
+  3    an origin did not give what was asked of it
+  4    bytes, digests or signatures disagree
+  5    the cache cannot be used: busy, full, damaged, no permission
+  6    the mount point, /dev/fuse or fusermount3
+  7    the daemon did not answer, or ended before it served
+  130  stopped by Ctrl-C (143: by SIGTERM); what has landed is kept
+
+\b
+Settings come from options, WEIGHTFS_… variables and a TOML file with the same names:
+--config, $WEIGHTFS_CONFIG, ~/.config/weightfs/config.toml, /etc/weightfs/config.toml.
+"""
+
+
+@click.group(cls=WeightfsGroup, context_settings=CONTEXT_SETTINGS, epilog=EPILOG)
+@click.version_option(weightfs.__version__, prog_name="weightfs", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Model weights, without the wait: a lazy, verifying filesystem for model files.
+
+    A REF names a model file: https://host/path/model.gguf, with #sha256=<hex> where its digest is known, or
+    file:///path/model.gguf.
+    """
+
+
+for command in (mount, umount, pull, status, ls, verify, rm, publish):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The entry point `weightfs`."""
+    cli.main(args=sys.argv[1:], prog_name="weightfs")

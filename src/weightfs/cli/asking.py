@@ -1,0 +1,61 @@
+"""Run one question or order on a cache: through the daemon that has it, else with an engine of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from weightfs.cli.group import Stopped
+
+if TYPE_CHECKING:
+    from weightfs.config import Config
+    from weightfs.control.ports import Operations
+
+T = TypeVar("T")
+
+
+def ask(
+    ctx: click.Context,
+    config: Config,
+    role: str,
+    work: Callable[[Operations, bool], Awaitable[T]],
+    *,
+    fetches: bool = False,
+    stopped: str = "stopped",
+) -> T:
+    """The result of `work(operations, is_daemon)`.
+
+    Args:
+        ctx: The command's context: its `--chunks` counts.
+        config: Its settings.
+        role: What a second command is told is going on.
+        work: Called once.
+        fetches: Whether worker processes and the control socket are worth their start.
+        stopped: What to say when a signal ends it.
+    """
+    import trio
+
+    from weightfs.app.interrupts import run_until_signal
+    from weightfs.app.local import find_operations
+    from weightfs.app.settings import engine_settings, fetch_settings
+    from weightfs.engine.settings import FillMode
+
+    if not fetches:
+        config = config.model_copy(update={"workers": 0})
+    fetch = fetch_settings(config, chunks=ctx.params.get("chunks"))
+    settings = engine_settings(config, fetch, mounted=False, fill=FillMode.NEVER)
+    results: list[T] = []
+
+    async def run() -> None:
+        async with find_operations(config.cache, role, settings, serve_control=fetches) as (
+            operations,
+            is_daemon,
+        ):
+            results.append(await work(operations, is_daemon))
+
+    signum = trio.run(run_until_signal, run)
+    if signum is not None and not results:
+        raise Stopped(signum, stopped)
+    return results[0]

@@ -1,0 +1,130 @@
+"""`weightfs mount` and `weightfs umount`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from weightfs.cli.group import examples, say
+from weightfs.cli.options import (
+    cache_options,
+    fetch_options,
+    given_settings,
+    load_config,
+    parse_refs,
+    set_up_logging,
+)
+
+if TYPE_CHECKING:
+    from weightfs.app.daemon import MountOrder
+    from weightfs.config import Config
+
+# After the unmount the daemon commits, seals nothing more, and closes; it is bounded itself.
+DAEMON_END: Final = 20.0  # seconds
+
+
+@click.command(
+    short_help="Present models at a mount point.",
+    epilog=examples(
+        "weightfs mount ~/models https://models.example.com/tiny.gguf",
+        "weightfs mount --detach --fill all ~/models",
+        "weightfs mount --read-timeout 1m --policy strict --trusted-key key.pub ~/models \\",
+        "    https://models.example.com/tiny.gguf",
+    ),
+)
+@click.argument("mountpoint", metavar="MOUNTPOINT")
+@click.argument("refs", metavar="[REF]...", nargs=-1)
+@click.option(
+    "--fill", metavar="MODE", help="Fetch in the background: never, opened or all.  [default: opened]"
+)
+@click.option(
+    "--read-timeout", metavar="S", help="A read fails after waiting so long; 0: never.  [default: 10m]"
+)
+@click.option(
+    "--readahead", metavar="SIZE", help="Largest window ahead of a sequential reader.  [default: 64MiB]"
+)
+@click.option("--allow-other/--no-allow-other", default=None, help="Let other users read the mount.")
+@click.option("-d", "--detach", is_flag=True, help="Run in the background; return when the mount serves.")
+@fetch_options
+@cache_options
+@click.pass_context
+def mount(ctx: click.Context, /, mountpoint: str, refs: tuple[str, ...], detach: bool, **_: object) -> int:
+    """Present models at MOUNTPOINT, at full size, at once; their bytes are fetched as they are read.
+
+    All refs in the cache are there, and the REFs given. A ref that the cache knows is served without asking anybody;
+    a new one is asked for as soon as the mount is up. Stays in the foreground until Ctrl-C, SIGTERM or
+    `weightfs umount`, unless --detach is given.
+    """
+    config = load_config(ctx, log=not detach)
+    order = _order(ctx, config, mountpoint, refs)
+    if detach:
+        return _detach(config, order)
+    from weightfs.app.daemon import run_mount
+
+    return run_mount(order, _told_by_the_log)
+
+
+def _told_by_the_log(_: Sequence[str]) -> None:
+    """In the foreground the warnings are on the terminal already."""
+
+
+def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str, ...]) -> MountOrder:
+    from weightfs.app.daemon import MountOrder
+    from weightfs.app.settings import check_chunks, engine_settings, fetch_settings
+    from weightfs.mount.session import MountOptions
+
+    chunks = ctx.params["chunks"]
+    parsed = parse_refs((*config.refs, *refs))
+    check_chunks(chunks, len(parsed))
+    fetch = fetch_settings(config, chunks=chunks)
+    return MountOrder(
+        mountpoint=Path(os.path.abspath(Path(mountpoint).expanduser())),  # noqa: PTH100  # a dead mount blocks resolve()
+        cache=config.cache,
+        refs=tuple(parsed),
+        engine=engine_settings(config, fetch, mounted=True),
+        mount=MountOptions(allow_other=config.allow_other),
+    )
+
+
+def _detach(config: Config, order: MountOrder) -> int:
+    from weightfs.app.daemon import run_mount
+    from weightfs.app.detach import detach
+
+    log_file = config.log_file or config.cache / "weightfs.log"
+    warnings = detach(
+        lambda ready: run_mount(order, ready), log_file, lambda: set_up_logging(config, log_file)
+    )
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return 0
+
+
+@click.command(
+    short_help="End a mount.",
+    epilog=examples(
+        "weightfs umount ~/models",
+        "weightfs umount --lazy ~/models",
+    ),
+)
+@click.argument("mountpoint", metavar="MOUNTPOINT")
+@click.option("-z", "--lazy", is_flag=True, help="Detach it now, even if programs still use it.")
+@cache_options
+@click.pass_context
+def umount(ctx: click.Context, /, mountpoint: str, lazy: bool, **_: object) -> int:
+    """End the mount at MOUNTPOINT, and wait until its daemon has closed the cache."""
+    given_settings(ctx)
+    from weightfs.app import registry
+    from weightfs.mount.mounttable import canonical, unmount
+
+    path = canonical(Path(mountpoint).expanduser())
+    with registry.watching(registry.daemon_of(path)) as daemon:
+        unmount(path, lazy=lazy)
+        if daemon is not None and not lazy and not registry.wait_for_end(daemon, DAEMON_END):
+            say(
+                f"warning: {path} is unmounted, but its daemon has not ended after {DAEMON_END:.0f} s; see its log"
+            )
+    return 0

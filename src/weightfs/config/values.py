@@ -1,0 +1,180 @@
+"""Types of single values: each turns what a person wrote into a plain value, or says how it is written.
+
+Every validator raises ValueError with one clause; `config.load` puts the place and the key before it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, BeforeValidator
+
+from weightfs.core.geometry import KIB
+from weightfs.units import format_duration, format_size, parse_duration, parse_size
+
+MAX_SECRET_BYTES: Final = 64 * KIB
+# RFC 9110 section 5.6.2: token, beside letters and digits
+_TOKEN_SIGNS: Final = frozenset("!#$%&'*+-.^_`|~")
+_OWN_HEADERS: Final = frozenset(
+    ("host", "range", "if-range", "accept-encoding", "content-length", "connection", "transfer-encoding")
+)
+
+
+def seconds(low: float, high: float, *, zero: bool = False) -> BeforeValidator:
+    """A duration within bounds, as float seconds; with `zero`, 0 is allowed too and means "no bound"."""
+
+    def check(value: object) -> float:
+        match value:
+            case str():
+                number = parse_duration(value)
+            case int() | float() if not isinstance(value, bool):
+                number = float(value)
+            case _:
+                raise ValueError("must be a duration such as 30, '30s' or '10m'")
+        if (zero and number == 0) or low <= number <= high:
+            return number
+        or_zero = ", or 0 for no bound" if zero else ""
+        raise ValueError(f"must be from {format_duration(low)} to {format_duration(high)}{or_zero}")
+
+    return BeforeValidator(check)
+
+
+def size(low: int, high: int) -> BeforeValidator:
+    """A number of bytes within bounds."""
+
+    def check(value: object) -> int:
+        match value:
+            case str():
+                number = parse_size(value)
+            case int() if not isinstance(value, bool):
+                number = value
+            case _:
+                raise ValueError("must be a size such as 1048576 or '64MiB'")
+        if low <= number <= high:
+            return number
+        raise ValueError(f"must be from {format_size(low)} to {format_size(high)}")
+
+    return BeforeValidator(check)
+
+
+def count(low: int, high: int) -> BeforeValidator:
+    """A whole number within bounds."""
+
+    def check(value: object) -> int:
+        number: object = value
+        if (
+            isinstance(value, str)
+            and value.isascii()
+            and value.removeprefix("-").isdigit()
+            and len(value) <= 18
+        ):
+            number = int(value)
+        if isinstance(number, int) and not isinstance(number, bool) and low <= number <= high:
+            return number
+        raise ValueError(f"must be a whole number from {low} to {high}")
+
+    return BeforeValidator(check)
+
+
+def _header_name(value: str) -> str:
+    if not value or not all((char.isascii() and char.isalnum()) or char in _TOKEN_SIGNS for char in value):
+        raise ValueError(f"{value!r} is not the name of an HTTP header")
+    if value.lower() in _OWN_HEADERS:
+        raise ValueError(f"the header {value} belongs to weightfs and cannot be set")
+    return value
+
+
+def check_header_value(value: str) -> str:
+    """`value` without outer blanks, if it can stand in a header."""
+    value = value.strip()
+    if not value.isprintable() or not value.isascii():
+        raise ValueError("the value of a header must be printable ASCII on one line")
+    return value
+
+
+def _trusted_key(value: str) -> str:
+    text = value.strip()
+    if not _is_key(text) and ("/" in text or text.endswith(".pub")):
+        lines = [line.strip() for line in read_small(Path(text).expanduser(), "key").splitlines()]
+        keys = [line for line in lines if line and not line.startswith("untrusted comment:")]
+        text = keys[0] if len(keys) == 1 else ""
+    if not _is_key(text):
+        raise ValueError(f"{value!r} is not a minisign public key; give its base64 line or its .pub file")
+    return text
+
+
+def _is_key(text: str) -> bool:
+    # minisign(1), "Public key format": "Ed", an 8-byte key id, 32 bytes of ed25519 key
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    return len(raw) == 42 and raw[:2] == b"Ed"
+
+
+def _url(value: str) -> str:
+    scheme, separator, rest = value.partition("://")
+    if (
+        scheme.lower() not in ("http", "https")
+        or not separator
+        or not rest.strip("/")
+        or not value.isprintable()
+    ):
+        raise ValueError(f"{value.partition('?')[0]!r} is not an http:// or https:// URL")
+    return value
+
+
+def _proxy(value: str) -> str:
+    scheme, separator, rest = value.partition("://")
+    if (
+        scheme.lower() not in ("http", "https")
+        or not separator
+        or not rest
+        or not rest.isprintable()
+        or " " in rest
+    ):
+        raise ValueError("a proxy is written http://host:port or https://host:port")
+    return value
+
+
+def _host(value: str) -> str:
+    if not value or "/" in value or any(char.isspace() for char in value):
+        raise ValueError(f"{value!r} is not a host name or address")
+    return value.lower()
+
+
+def _path(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if not value or "\0" in value:
+        raise ValueError(f"{value!r} is not a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{value!r} names a home directory that does not exist") from None
+
+
+def read_small(path: Path, what: str) -> str:
+    """The text of a small file that holds a secret or a key. ValueError in one clause."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_SECRET_BYTES + 1)
+        if len(data) > MAX_SECRET_BYTES:
+            raise ValueError(f"the {what} file {path} has over {MAX_SECRET_BYTES} bytes")
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"the {what} file {path} is not text") from None
+    except OSError as error:
+        raise ValueError(f"the {what} file {path} cannot be read: {error.strerror}") from None
+
+
+HeaderName = Annotated[str, AfterValidator(_header_name)]
+HeaderValue = Annotated[str, AfterValidator(check_header_value)]
+TrustedKey = Annotated[str, AfterValidator(_trusted_key)]
+HttpUrl = Annotated[str, AfterValidator(_url)]
+ProxyUrl = Annotated[str, AfterValidator(_proxy)]
+Host = Annotated[str, AfterValidator(_host)]
+HostPath = Annotated[Path, BeforeValidator(_path)]

@@ -1,0 +1,177 @@
+"""`ports.Operations` on an engine in this process. The only file of control that knows the engine's names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+import weightfs
+from weightfs.control.documents import to_json
+from weightfs.control.jobs import Jobs
+from weightfs.control.ports import BlobStatusLike, Document, EngineLike, StoredRefLike
+from weightfs.core.manifest import Blob, BlobId, Trust
+from weightfs.core.ref import Ref, parse_ref
+from weightfs.errors import FailureKind, RefError, SourceError
+
+# Resolving retries by itself; this bounds the sum, so that no request to the daemon waits for ever.
+ADD_BOUND: Final = 300.0  # seconds
+
+_WEAKEST_FIRST: Final = (
+    Trust.QUARANTINED,
+    Trust.UNVERIFIABLE,
+    Trust.PROVISIONAL,
+    Trust.ATTESTED,
+    Trust.VERIFIED,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """Who answers. `role` is `mount` for a daemon, or the name of the command that works on the cache."""
+
+    role: str
+    cache: Path
+    mountpoint: Path | None
+    started_at: int  # seconds since the epoch
+
+
+class EngineOperations:
+    """See `ports.Operations`. Jobs run in `nursery`."""
+
+    def __init__(self, engine: EngineLike, info: ProcessInfo, nursery: trio.Nursery) -> None:
+        self._engine = engine
+        self._info = info
+        self._jobs = Jobs(nursery)
+
+    async def health(self) -> Document:
+        """Version, process id, role, cache and mount point."""
+        return {
+            "version": weightfs.__version__,
+            "pid": os.getpid(),
+            "role": self._info.role,
+            "cache": str(self._info.cache),
+            "mountpoint": None if self._info.mountpoint is None else str(self._info.mountpoint),
+            "started_at": self._info.started_at,
+        }
+
+    async def status(self) -> Document:
+        """Everything."""
+        engine = to_json(self._engine.status())
+        return {**await self.health(), "refs": await self.refs(), "engine": engine}
+
+    async def refs(self) -> list[Document]:
+        """The refs, each with its blobs."""
+        return [self._ref_document(stored) for stored in self._engine.refs()]
+
+    async def add(self, ref: str, *, refresh: bool = False) -> Document:
+        """Resolve and pin."""
+        parsed = parse_ref(ref)
+        try:
+            with trio.fail_after(ADD_BOUND):
+                manifest = await self._engine.add(parsed, refresh=refresh)
+        except trio.TooSlowError:
+            raise SourceError(
+                f"{parsed}: the origin did not say within {ADD_BOUND:.0f} s what this is; try again later",
+                kind=FailureKind.TIMEOUT,
+            ) from None
+        return self._ref_document(self._stored(manifest.ref))
+
+    async def remove(self, ref: str) -> Document:
+        """Forget a ref."""
+        stored = self._stored(_canonical(ref))
+        freed = await self._engine.remove(stored.manifest.ref)
+        return {"ref": stored.manifest.ref, "freed_bytes": freed}
+
+    async def start_fill(self, ref: str) -> Document:
+        """Complete and seal."""
+        name = self._stored(_canonical(ref)).manifest.ref
+
+        async def work() -> Document:
+            await self._engine.complete(name)
+            return self._ref_document(self._stored(name))
+
+        return self._jobs.start("fill", (name,), work, lambda: self._progress((name,))).document()
+
+    async def start_verify(self, refs: Sequence[str], *, repair: bool) -> Document:
+        """Re-hash what is cached."""
+        names = tuple(self._stored(_canonical(ref)).manifest.ref for ref in refs)
+        checked: dict[str, Any] = {}
+
+        def note(progress: object) -> None:
+            checked.update(to_json(progress))
+
+        async def work() -> Document:
+            reports: list[Document] = []
+            for name in names or tuple(stored.manifest.ref for stored in self._engine.refs()):
+                report = await self._engine.verify(name, repair=repair, on_progress=note)
+                reports.append({"ref": name, "ok": report.ok, **to_json(report)})
+            return {"ok": all(report["ok"] for report in reports), "reports": reports}
+
+        return self._jobs.start("verify", names, work, lambda: dict(checked)).document()
+
+    async def job(self, job_id: str, *, wait: float) -> Document:
+        """Poll."""
+        return (await self._jobs.wait(job_id, wait)).document()
+
+    async def cancel_job(self, job_id: str) -> Document:
+        """Stop."""
+        return self._jobs.cancel(job_id).document()
+
+    def _stored(self, name: str) -> StoredRefLike:
+        for stored in self._engine.refs():
+            if stored.manifest.ref == name:
+                return stored
+        raise RefError(f"{name} is not in the cache {self._info.cache}; `weightfs ls` lists what is")
+
+    def _progress(self, names: Sequence[str]) -> Document:
+        documents = [
+            self._ref_document(stored) for stored in self._engine.refs() if stored.manifest.ref in names
+        ]
+        return {
+            "size_bytes": sum(document["size_bytes"] for document in documents),
+            "present_bytes": sum(document["present_bytes"] for document in documents),
+        }
+
+    def _ref_document(self, stored: StoredRefLike) -> Document:
+        manifest = stored.manifest
+        unique: dict[BlobId, Document] = {}
+        blobs = []
+        for entry in manifest.entries:
+            status = self._engine.blob_status(entry.blob.id)
+            document = _blob_document(entry.blob, status)
+            unique[entry.blob.id] = document
+            blobs.append({"path": f"models/{manifest.tree}/{entry.path}", **document})
+        trusts = {document["trust"] for document in unique.values()}
+        return {
+            "ref": manifest.ref,
+            "revision": manifest.revision,
+            "added_at": stored.added_at,
+            "previous": list(stored.previous),
+            "size_bytes": sum(document["size_bytes"] for document in unique.values()),
+            "present_bytes": sum(document["present_bytes"] for document in unique.values()),
+            "complete": all(document["complete"] for document in unique.values()),
+            "trust": next((str(trust) for trust in _WEAKEST_FIRST if trust in trusts), Trust.VERIFIED.value),
+            "blobs": blobs,
+        }
+
+
+def _blob_document(blob: Blob, status: BlobStatusLike) -> Document:
+    return {
+        "id": str(blob.id),
+        "size_bytes": blob.size,
+        "present_bytes": status.present_bytes,
+        "complete": status.complete,
+        "trust": str(status.trust),
+        "sha256": status.sha256,
+        "sources": to_json(list(status.sources)),
+    }
+
+
+def _canonical(ref: str) -> str:
+    parsed: Ref = parse_ref(ref)
+    return str(parsed)

@@ -1,0 +1,147 @@
+"""What control needs of the engine, and what the command line needs of control: two small protocols.
+
+`Operations` has two implementations that give the same documents: `operations.EngineOperations` beside an
+engine in this process, and `client.ControlClient` in front of a daemon. So every command is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from weightfs.core.manifest import BlobId, Manifest
+from weightfs.core.ref import Ref
+
+# What JSON can say, with string keys; docs/configuration.md lists the fields of each document.
+Document: TypeAlias = dict[str, Any]
+
+
+class StoredRefLike(Protocol):
+    """`store.cache.StoredRef`."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the ref resolved to."""
+        ...
+
+    @property
+    def added_at(self) -> int:
+        """Seconds since the epoch."""
+        ...
+
+    @property
+    def previous(self) -> tuple[str, ...]:
+        """Revisions that the ref had before, latest first."""
+        ...
+
+
+class BlobStatusLike(Protocol):
+    """`engine.status.BlobStatus`."""
+
+    @property
+    def present_bytes(self) -> int:
+        """Bytes in the cache."""
+        ...
+
+    @property
+    def trust(self) -> str:
+        """A `core.manifest.Trust`."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Every chunk is there."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """64 hex digits, or empty if no origin gives one."""
+        ...
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """URLs without secrets."""
+        ...
+
+
+class VerifyReportLike(Protocol):
+    """`engine.status.VerifyReport`: a dataclass."""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing wrong, or all of it repaired."""
+        ...
+
+
+class EngineLike(Protocol):
+    """The part of `engine.Engine` that control uses."""
+
+    async def add(self, ref: Ref, /, *, refresh: bool = False) -> Manifest:
+        """Resolve and pin."""
+        ...
+
+    async def remove(self, ref_text: str, /) -> int:
+        """Forget; bytes freed. KeyError."""
+        ...
+
+    def refs(self) -> Sequence[StoredRefLike]:
+        """What is pinned."""
+        ...
+
+    def blob_status(self, blob_id: BlobId, /) -> BlobStatusLike:
+        """One blob."""
+        ...
+
+    async def complete(self, ref_text: str, /) -> None:
+        """Return when every blob of the ref is complete and sealed. KeyError, ReadError, IntegrityError."""
+        ...
+
+    async def verify(
+        self, ref_text: str, /, *, repair: bool, on_progress: Callable[[Any], None]
+    ) -> VerifyReportLike:
+        """Re-hash what is cached."""
+        ...
+
+    def status(self) -> object:
+        """A tree of frozen dataclasses."""
+        ...
+
+
+class Operations(Protocol):
+    """What can be asked of a cache. Every method may raise any WeightfsError."""
+
+    async def health(self) -> Document:
+        """Who answers: version, pid, role, cache, mount point."""
+        ...
+
+    async def status(self) -> Document:
+        """Everything: process, refs with their blobs and mirrors, workers, totals, what is in flight."""
+        ...
+
+    async def refs(self) -> list[Document]:
+        """The refs, each with its blobs."""
+        ...
+
+    async def add(self, ref: str, *, refresh: bool = False) -> Document:
+        """Pin what `ref` is; its document. The origin of a known one is asked again only with `refresh`."""
+        ...
+
+    async def remove(self, ref: str) -> Document:
+        """Forget `ref`, and drop the blobs that no other ref names: `{ref, freed_bytes}`."""
+        ...
+
+    async def start_fill(self, ref: str) -> Document:
+        """Begin to complete and seal every blob of `ref`; the job's document."""
+        ...
+
+    async def start_verify(self, refs: Sequence[str], *, repair: bool) -> Document:
+        """Begin to re-hash what is cached of `refs` (of all, if empty); the job's document."""
+        ...
+
+    async def job(self, job_id: str, *, wait: float) -> Document:
+        """A job's document: at once if it has ended, else after at most `wait` seconds."""
+        ...
+
+    async def cancel_job(self, job_id: str) -> Document:
+        """Stop a job; what has landed stays."""
+        ...

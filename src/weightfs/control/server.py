@@ -1,0 +1,217 @@
+"""HTTP on the control socket: each route is one operation, each answer is JSON, each body is bounded.
+
+Hypercorn's connection handler is used without its worker: that one would bring its own listening, banner,
+lifespan and graceful waiting, while here the nursery around `serve` decides when it ends, and it then ends at
+once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final, cast
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIFramework, ConnectionState
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from weightfs.control.address import socket_path
+from weightfs.control.documents import error_to_json
+from weightfs.control.listener import PeerCheckedListener, listening
+from weightfs.control.ports import Document, Operations
+from weightfs.errors import DaemonError, SourceError, UsageError, WeightfsError
+
+MAX_BODY: Final = 64 * 1024
+MAX_REFS_IN_BODY: Final = 1000
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Any]]
+
+
+async def serve(
+    operations: Operations, cache: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Answer on the cache's control socket until cancelled. DaemonError if the socket cannot be made."""
+    with listening(socket_path(cache)) as sock:
+        listener = PeerCheckedListener(sock)
+        handle = _connection_handler(operations, listener)
+        async with trio.open_nursery() as connections:
+            try:
+                task_status.started()
+                await trio.serve_listeners(handle, [listener], handler_nursery=connections)
+            finally:
+                listener.cut()
+
+
+def _connection_handler(
+    operations: Operations, listener: PeerCheckedListener
+) -> Callable[[trio.SocketStream], Awaitable[None]]:
+    config = Config()
+    config.accesslog = None
+    config.errorlog = logging.getLogger("weightfs.control.http")
+    config.include_server_header = False
+    app = ASGIWrapper(cast("ASGIFramework", make_app(operations)))
+    context = WorkerContext(None)
+
+    async def handle(stream: trio.SocketStream) -> None:
+        try:
+            # The annotation asks for an SSL stream; a plain one is what hypercorn itself passes for http.
+            await TCPServer(app, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
+        except Exception:
+            log.exception("a connection to the control socket failed")
+        finally:
+            listener.open_streams.discard(stream)
+            await trio.aclose_forcefully(stream)
+
+    return handle
+
+
+def make_app(operations: Operations) -> Starlette:
+    """The ASGI application; docs/configuration.md describes the routes."""
+    routes = [
+        Route(path, _endpoint(partial(handler, operations)), methods=[method])
+        for method, path, handler in (
+            ("GET", "/v1/health", _health),
+            ("GET", "/v1/status", _status),
+            ("GET", "/v1/refs", _refs),
+            ("POST", "/v1/refs", _add),
+            ("DELETE", "/v1/refs", _remove),
+            ("POST", "/v1/fill", _fill),
+            ("POST", "/v1/verify", _verify),
+            ("GET", "/v1/jobs/{job}", _job),
+            ("DELETE", "/v1/jobs/{job}", _cancel),
+        )
+    ]
+    return Starlette(routes=routes, exception_handlers={404: _no_route, 405: _no_route})
+
+
+async def _health(operations: Operations, _: Request) -> Document:
+    return await operations.health()
+
+
+async def _status(operations: Operations, _: Request) -> Document:
+    return await operations.status()
+
+
+async def _refs(operations: Operations, _: Request) -> Document:
+    return {"refs": await operations.refs()}
+
+
+async def _add(operations: Operations, request: Request) -> Document:
+    body = await _body(request)
+    return await operations.add(_text(body, "ref"), refresh=_flag(body, "refresh"))
+
+
+async def _remove(operations: Operations, request: Request) -> Document:
+    return await operations.remove(_text(await _body(request), "ref"))
+
+
+async def _fill(operations: Operations, request: Request) -> Document:
+    return await operations.start_fill(_text(await _body(request), "ref"))
+
+
+async def _verify(operations: Operations, request: Request) -> Document:
+    body = await _body(request)
+    return await operations.start_verify(_texts(body, "refs"), repair=_flag(body, "repair"))
+
+
+async def _job(operations: Operations, request: Request) -> Document:
+    return await operations.job(request.path_params["job"], wait=_seconds(request))
+
+
+async def _cancel(operations: Operations, request: Request) -> Document:
+    return await operations.cancel_job(request.path_params["job"])
+
+
+def _endpoint(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    """`handler` with its document or its error as the response."""
+
+    async def respond(request: Request) -> Response:
+        try:
+            return JSONResponse(await handler(request))
+        except WeightfsError as error:
+            return JSONResponse(error_to_json(error), status_code=_status_of(error))
+        except ClientDisconnect:
+            return Response(status_code=HTTPStatus.BAD_REQUEST)
+        except Exception as error:  # a fault in one answer must not end the daemon or its readers
+            log.exception("the control request %s %s failed", request.method, request.url.path)
+            told = DaemonError(
+                f"the daemon failed in a way it should not ({type(error).__name__}); its log has the details"
+            )
+            return JSONResponse(error_to_json(told), status_code=HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    return respond
+
+
+def _status_of(error: WeightfsError) -> HTTPStatus:
+    match error:
+        case UsageError():
+            return HTTPStatus.BAD_REQUEST
+        case SourceError():
+            return HTTPStatus.BAD_GATEWAY
+        case _:
+            return HTTPStatus.CONFLICT
+
+
+async def _no_route(request: Request, _: Exception) -> Response:
+    error = UsageError(f"there is no {request.method} {request.url.path[:200]} on the control socket")
+    return JSONResponse(error_to_json(error), status_code=HTTPStatus.NOT_FOUND)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > MAX_BODY:
+            raise UsageError(f"the request has over {MAX_BODY} bytes; send fewer refs at a time")
+    try:
+        body = json.loads(bytes(data))
+    except (ValueError, RecursionError):
+        raise UsageError("the request is not JSON") from None
+    if not isinstance(body, dict):
+        raise UsageError("the request is not a JSON object")
+    return body
+
+
+def _text(body: dict[str, Any], key: str) -> str:
+    value = body.get(key)
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"the request needs a text in the field {key!r}")
+    return value
+
+
+def _flag(body: dict[str, Any], key: str) -> bool:
+    value = body.get(key, False)
+    if not isinstance(value, bool):
+        raise UsageError(f"the field {key!r} must be true or false")
+    return value
+
+
+def _texts(body: dict[str, Any], key: str) -> list[str]:
+    value = body.get(key, [])
+    if (
+        not isinstance(value, list)
+        or len(value) > MAX_REFS_IN_BODY
+        or not all(isinstance(item, str) for item in value)
+    ):
+        raise UsageError(f"the field {key!r} must be a list of at most {MAX_REFS_IN_BODY} texts")
+    return value
+
+
+def _seconds(request: Request) -> float:
+    try:
+        return float(request.query_params.get("wait", "0"))
+    except ValueError:
+        raise UsageError("the parameter 'wait' must be a number of seconds") from None
