@@ -285,7 +285,7 @@ def parse_url(url: str) -> httpx.URL:
         parsed = httpx.URL(url).copy_with(fragment=None)
     except httpx.InvalidURL as error:
         raise _rules.failure(FailureKind.PROTOCOL, "", "is not a URL that can be fetched") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if parsed.scheme not in ("http", "https") or not _rules.is_host(parsed.host):
         raise _rules.failure(FailureKind.PROTOCOL, url, "is not an http(s) URL")
     return parsed
 

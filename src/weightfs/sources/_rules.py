@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
 import json
 import re
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _BUSY = frozenset(
 )  # 52x: a CDN that cannot reach its origin
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,18})")
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")
 _DIGITS = re.compile(r"\d{1,18}")
 _SAFE_MARGIN = 15.0  # seconds before its end from which a signed URL is no longer used
 
@@ -230,13 +232,26 @@ def next_hop(current: httpx.URL, headers: httpx.Headers) -> Hop:
         target = current.join(location).copy_with(fragment=None)
     except (httpx.InvalidURL, ValueError) as error:
         raise failure(FailureKind.REDIRECT, current, "redirects to an invalid URL") from error
-    if target.scheme not in ("http", "https") or not target.host:
+    if not is_host(target.host):
+        raise failure(FailureKind.REDIRECT, current, "redirects to an invalid URL")
+    if target.scheme not in ("http", "https"):
         raise failure(FailureKind.REDIRECT, current, f"redirects to the scheme {target.scheme[:20]!r}")
     if current.scheme == "https" and target.scheme == "http":
         raise failure(FailureKind.REDIRECT, current, f"redirects from https to http ({label(target)})")
     if target.userinfo:
         raise failure(FailureKind.REDIRECT, current, "redirects to a URL with credentials in it")
     return Hop(target, leaves=origin_of(target) != origin_of(current))
+
+
+def is_host(host: str) -> bool:
+    """Whether this can be a DNS name or an address; httpx takes anything and escapes it."""
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            return False
+        return True
+    return _HOST.fullmatch(host) is not None
 
 
 def origin_of(url: str | httpx.URL) -> str:

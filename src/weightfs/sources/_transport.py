@@ -126,6 +126,11 @@ class BulkTransport(httpx.AsyncBaseTransport):
             request=request,
         )
 
+    @property
+    def connections(self) -> list[httpcore.AsyncConnectionInterface]:
+        """The open connections."""
+        return self._pool.connections
+
     async def aclose(self) -> None:
         """Close every connection."""
         await self._pool.aclose()
