@@ -1,0 +1,483 @@
+"""The cache: sparse data files and their index, and the order in which the two change.
+
+Rules that hold here:
+
+- Landing: bytes are in the file, `commit` syncs the file, and then commits the records. Never the other way round.
+- Dropping: the records are committed as absent, and then the space is given back.
+- Deleting: the records go, with a note that the file is doomed; then the file; then the note.
+- `_changes` makes these sequences exclude one another. Reading takes no lock but the descriptor table's, which is
+  never held across a system call that may wait: `read_nowait` cannot be held up by a sync.
+
+Everything blocks, and belongs into a thread, but what says "Memory". All methods may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from weightfs.core.chunkset import ChunkSet
+from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
+from weightfs.core.manifest import Blob, BlobId, Manifest, Trust
+from weightfs.errors import CacheError, DiskFault, WeightfsError
+from weightfs.store import ledger, lockfile, merging, opening
+from weightfs.store.index import Index, Txn
+from weightfs.store.ledger import Landing
+from weightfs.store.records import (
+    MAX_PREVIOUS,
+    BlobRecord,
+    ChunkState,
+    RecordError,
+    RefRecord,
+    RunState,
+    decode_ref,
+    encode_ref,
+    manifest_of,
+    ref_key,
+)
+from weightfs.store.sparse import SparseFiles, disk_errors
+
+__all__ = ["Cache", "ChunkState", "Landing", "Progress", "RunState", "StoredRef"]
+
+log = logging.getLogger(__name__)
+
+_NONE: Mapping[BlobId, Any] = MappingProxyType({})
+
+
+@dataclass(slots=True)
+class Progress:
+    """What is recorded of one blob. `suspect` chunks are present, and must be hashed before they are served."""
+
+    present: ChunkSet
+    suspect: ChunkSet
+    run: RunState | None
+    trust: Trust
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRef:
+    """A ref as it was pinned. `added_at` is in Unix seconds; `previous` are earlier revisions, the latest first."""
+
+    manifest: Manifest
+    added_at: int
+    previous: tuple[str, ...]
+
+
+class Cache:
+    """An open cache directory. Close it, or the next start counts this stop as a crash."""
+
+    def __init__(self, root: Path, lock: int, index: Index, files: SparseFiles, state: opening.State) -> None:
+        self.root = root
+        self.epoch = state.epoch
+        self.instance = state.instance
+        self.was_clean = True
+        self._lock = lock
+        self._index = index
+        self._files = files
+        self._state = state
+        self._changes = threading.Lock()
+        self._preparing = threading.Lock()
+        self._prepared: set[BlobId] = set()
+        # Chunks whose bytes a failed sync may have lost: not to be recorded until they were dropped and came again.
+        self._lost: dict[BlobId, ChunkSet] = {}
+        self._closed = False
+
+    @classmethod
+    def open(cls, root: Path, *, create: bool = True, now: int) -> Cache:  # noqa: ARG003 - part of the interface
+        """Take a cache directory into use.
+
+        Raises:
+            CacheBusyError: another process owns it.
+            CacheFormatError: a newer weightfs made it.
+            CacheCorruptError: the index cannot be read; the message says how to set it aside.
+            CacheError: anything else that is wrong with the directory.
+        """
+        root = root.absolute()
+        opening.make_directories(root, create=create)
+        lock = lockfile.acquire(root / "lock")
+        try:
+            files = SparseFiles(root / "blobs")
+            index = Index.open(root / "index")
+            try:
+                state, was_clean = index.write(lambda txn: opening.begin(txn, files, root))
+                cache = cls(root, lock, index, files, state)
+                cache.was_clean = was_clean
+                cache._delete_doomed()
+            except BaseException:
+                index.abandon()
+                raise
+        except BaseException:
+            lockfile.release(lock)
+            raise
+        return cache
+
+    def close(self) -> None:
+        """Write the clean flag and give the lock back. A cache that cannot be written is left as after a crash."""
+        with self._changes, self._preparing:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._index.write(lambda txn: opening.end(txn, self._files, self._state))
+                self._index.close()
+            except CacheError as error:
+                log.warning("the cache %s was not closed cleanly: %s", self.root, error)
+                self._index.abandon()
+            finally:
+                self._files.close()
+                lockfile.release(self._lock)
+
+    # Refs
+
+    def refs(self) -> list[StoredRef]:
+        """Every ref, ordered by its text."""
+        with self._index.read() as txn:
+            blobs: dict[BlobId, Blob] = {}
+            found = [
+                StoredRef(
+                    manifest_of(record, [_entry_blob(txn, blob, blobs) for _, blob in record.entries]),
+                    record.added_at,
+                    record.previous,
+                )
+                for record in ledger.ref_records(txn)
+            ]
+        return sorted(found, key=lambda stored: stored.manifest.ref)
+
+    def put_ref(self, manifest: Manifest, *, now: int) -> tuple[str, ...]:
+        """Record a ref, its blobs and their lists in one synced transaction.
+
+        A ref that is known keeps its earlier revisions; a blob that is known is joined by the rules of
+        `store.merging`. Returns sentences about what was not taken over as given. IntegrityError, ChunkListError.
+        """
+        with self._changes:
+            merged = self._index.write(lambda txn: self._put_ref(txn, manifest, now))
+            for blob, outcome in merged.items():
+                if outcome.dropped is not None:
+                    self._punch(blob, outcome.shape, outcome.dropped)
+        return tuple(note for outcome in merged.values() for note in outcome.notes)
+
+    def _put_ref(self, txn: Txn, manifest: Manifest, now: int) -> dict[BlobId, merging.Merged]:
+        elsewhere = {
+            blob
+            for record in ledger.ref_records(txn)
+            if record.ref != manifest.ref
+            for _, blob in record.entries
+        }
+        merged: dict[BlobId, merging.Merged] = {}
+        for entry in manifest.entries:
+            blob = entry.blob
+            shared = blob.id in elsewhere or blob.id in merged
+            outcome = merging.put_blob(txn, blob, shared=shared, in_use=blob.id in self._prepared)
+            earlier = merged.setdefault(blob.id, outcome)
+            if earlier is not outcome:
+                earlier.notes += outcome.notes
+            txn.delete("doomed", blob.id.raw)
+        key = ref_key(manifest.ref)
+        payload = txn.get_sealed("ref", key)
+        old = None if payload is None else decode_ref(payload)
+        previous = () if old is None else old.previous
+        if old is not None and old.revision != manifest.revision:
+            previous = (old.revision, *previous)[:MAX_PREVIOUS]
+        record = RefRecord(
+            ref=manifest.ref,
+            revision=manifest.revision,
+            tree=manifest.tree,
+            entries=tuple((entry.path, entry.blob.id) for entry in manifest.entries),
+            added_at=now if old is None else old.added_at,
+            previous=previous,
+        )
+        txn.put_sealed("ref", key, encode_ref(record))
+        return merged
+
+    def remove_ref(self, ref: str) -> list[BlobId]:
+        """Forget a ref (nothing happens if it is unknown). Returns its blobs that no other ref names."""
+
+        def job(txn: Txn) -> list[BlobId]:
+            payload = txn.get_sealed("ref", ref_key(ref))
+            if payload is None:
+                return []
+            mine = {blob for _, blob in decode_ref(payload).entries}
+            txn.delete("ref", ref_key(ref))
+            return sorted(mine - _named(txn))
+
+        with self._changes:
+            return self._index.write(job)
+
+    def orphans(self) -> list[BlobId]:
+        """Blobs that no ref names: left by a removed ref, or by one that moved to another revision."""
+        with self._index.read() as txn:
+            return sorted({record.blob.id for record in ledger.blob_records(txn)} - _named(txn))
+
+    # Blobs
+
+    def blob(self, id: BlobId) -> Blob | None:  # noqa: A002 - the field's word
+        """The blob with its chunk list, or None."""
+        with self._index.read() as txn:
+            record = ledger.blob_record(txn, id)
+            return None if record is None else ledger.whole_blob(txn, record)
+
+    def delete_blob(self, id: BlobId) -> int:  # noqa: A002
+        """Forget a blob and delete its file. Returns the bytes that the file occupied."""
+
+        def job(txn: Txn) -> None:
+            ledger.forget_blob(txn, id)
+            txn.put_sealed("doomed", id.raw, b"")
+
+        with self._changes, self._preparing:
+            self._index.write(job)
+            return self._finish_deletion(id)
+
+    def _finish_deletion(self, blob: BlobId) -> int:
+        freed = self._files.remove(blob)
+        self._prepared.discard(blob)
+        self._lost.pop(blob, None)
+        self._index.write(lambda txn: txn.delete("doomed", blob.raw))
+        return freed
+
+    def _delete_doomed(self) -> None:
+        with self._index.read() as txn:
+            doomed = [BlobId(key) for key in txn.keys("doomed") if len(key) == 16]
+        for blob in doomed:
+            self._finish_deletion(blob)
+
+    def progress(self, id: BlobId) -> Progress:  # noqa: A002
+        """What is recorded of a blob: a copy, from its bitmaps. CacheError if the blob is unknown."""
+        with self._index.read() as txn:
+            record = self._record(txn, id)
+            bits = ledger.load_bits(txn, id, record.blob.shape)
+            run = ledger.load_run(txn, id, record.blob.shape)
+        return Progress(bits.present, bits.suspect, run, record.trust)
+
+    def digests(self, id: BlobId, chunks: ChunkSpan) -> dict[int, bytes]:  # noqa: A002
+        """The recorded digests of these chunks, of those too whose bytes were dropped."""
+        with self._index.read() as txn:
+            shape = self._record(txn, id).blob.shape
+            span = chunks.intersect(shape.chunks)
+            return {chunk: record.digest for chunk, record in ledger.chunk_records(txn, id, shape, span)}
+
+    def required_digests(self, id: BlobId, chunks: ChunkSpan) -> dict[int, bytes]:  # noqa: A002
+        """What a fetched chunk must hash to, where that is known: from a trusted list, or proven once.
+
+        `commit` refuses a landing that differs, so a fetch compares with this before it calls a chunk landed.
+        """
+        with self._index.read() as txn:
+            record = self._record(txn, id)
+            return ledger.required_digests(txn, record, chunks.intersect(record.blob.shape.chunks))
+
+    # Data
+
+    def path(self, id: BlobId) -> Path:  # noqa: A002
+        """Where the blob's file is or will be. Memory."""
+        return self._files.path(id)
+
+    def prepare(self, id: BlobId) -> Path:  # noqa: A002
+        """Make sure of the blob's sparse file at full length, and return its path.
+
+        DiskFault if chunks count on a file that is gone, shorter or another one: `drop` the whole blob first, and
+        everything that was landed in it but not committed.
+        """
+        with self._preparing:
+            with self._index.read() as txn:
+                shape = self._record(txn, id).blob.shape
+                keep = len(ledger.load_bits(txn, id, shape).present) > 0
+            path = self._files.prepare(id, shape.size, keep=keep)
+            self._prepared.add(id)
+        return path
+
+    def read(self, id: BlobId, span: ByteSpan) -> bytes:  # noqa: A002
+        """Exactly the bytes of `span` from the file. DiskFault on EIO, and on a missing, replaced or short file.
+
+        Whether the chunks are present is the caller's to know, before and after: a chunk that is dropped meanwhile
+        reads as zeros.
+        """
+        return self._files.read(id, span)
+
+    def read_nowait(self, id: BlobId, span: ByteSpan) -> bytes | None:  # noqa: A002
+        """The same, if it needs no disk: None if it would wait, the file is not open yet, or anything is wrong."""
+        return self._files.read_nowait(id, span)
+
+    def forget_pages(self, id: BlobId, span: ByteSpan) -> None:  # noqa: A002
+        """Tell the kernel that these pages of the file need not stay in memory. Memory."""
+        self._files.forget_pages(id, span)
+
+    def commit(
+        self,
+        landings: Sequence[Landing],
+        *,
+        runs: Mapping[BlobId, RunState] = _NONE,
+        trusts: Mapping[BlobId, Trust] = _NONE,
+        rehashed: Mapping[BlobId, ChunkSet] = _NONE,
+        now: int,
+    ) -> None:
+        """Make landings durable: sync every touched data file, then commit the records in one synced transaction.
+
+        What is said of a blob that was deleted meanwhile is ignored. A running hash that is ahead of the recorded
+        digests is not kept. If one blob's file fails, the other blobs are recorded all the same, and then the error
+        is raised: nothing of the failed blob is recorded, and what was not recorded of it is lost; `drop` every
+        chunk that `progress` does not show as present, and fetch again.
+
+        Raises:
+            DiskFault, NoSpaceError: a data file or the index could not be written.
+            IntegrityError: a landing differs from `required_digests`; it was left out.
+        """
+        with self._changes:
+            failed = self._sync(landings)
+            conflicts = self._index.write(
+                lambda txn: self._record_all(
+                    txn, [landing for landing in landings if landing.blob not in failed],
+                    {blob: run for blob, run in runs.items() if blob not in failed}, trusts, rehashed, now,
+                )
+            )  # fmt: skip
+        for error in [*failed.values(), *conflicts]:
+            raise error
+
+    def _sync(self, landings: Sequence[Landing]) -> dict[BlobId, CacheError]:
+        """Sync the files of the landings' blobs; returns the blobs that failed."""
+        failed: dict[BlobId, CacheError] = {}
+        by_blob = _by_blob(landings)
+        for blob, mine in by_blob.items():
+            with self._index.read() as txn:
+                record = ledger.blob_record(txn, blob)
+                if record is None:
+                    continue
+                present = ledger.load_bits(txn, blob, record.blob.shape).present
+            for landing in mine:
+                record.blob.shape.span_of(landing.chunk)  # IndexError: the caller's mistake
+            lost = self._lost.get(blob)
+            if lost is not None and any(landing.chunk in lost for landing in mine):
+                failed[blob] = DiskFault(
+                    f"chunks of blob {blob} landed before its file failed, and are not recorded: fetch them again",
+                    blob=str(blob),
+                )
+                continue
+            try:
+                self._files.sync(blob)
+            except CacheError as error:
+                failed[blob] = error
+                unrecorded = ChunkSet(present.count, range(present.count))
+                unrecorded.difference(present)
+                unrecorded.union(ChunkSet(present.count, (landing.chunk for landing in mine)))
+                self._lost[blob] = unrecorded
+        return failed
+
+    def _record_all(
+        self,
+        txn: Txn,
+        landings: Sequence[Landing],
+        runs: Mapping[BlobId, RunState],
+        trusts: Mapping[BlobId, Trust],
+        rehashed: Mapping[BlobId, ChunkSet],
+        now: int,
+    ) -> list[WeightfsError]:
+        conflicts: list[WeightfsError] = []
+        by_blob = _by_blob(landings)
+        for blob in dict.fromkeys([*by_blob, *runs, *trusts, *rehashed]):
+            record = ledger.blob_record(txn, blob)
+            if record is None:
+                log.debug("blob %s was deleted before its landings were committed", blob)
+                continue
+            shape = record.blob.shape
+            bits = ledger.load_bits(txn, blob, shape)
+            if blob in rehashed:
+                ledger.confirm(txn, blob, shape, bits, rehashed[blob], epoch=self.epoch)
+            conflicts += ledger.land(txn, record, bits, by_blob.get(blob, ()), epoch=self.epoch, now=now)
+            if blob in runs:
+                ledger.put_run(txn, blob, shape, bits, runs[blob])
+            ledger.put_bits(txn, blob, bits)
+            if blob in trusts:
+                ledger.set_trust(txn, record, trusts[blob])
+        return conflicts
+
+    def drop(self, id: BlobId, chunks: ChunkSpan | ChunkSet, *, punch: bool = True) -> int:  # noqa: A002
+        """Make chunks absent: the records first, then their space. Returns the bytes that were recorded as present.
+
+        Their digests are kept (`digests`). With `punch` the space of all the given chunks is given back, of those
+        too that were never recorded. Dropping a whole blob lets `prepare` make a new file.
+        """
+
+        def job(txn: Txn) -> tuple[BlobShape, ChunkSet, ChunkSet] | None:
+            record = ledger.blob_record(txn, id)
+            if record is None:
+                return None
+            shape = record.blob.shape
+            given = ChunkSet(shape.chunk_count, chunks)
+            bits = ledger.load_bits(txn, id, shape)
+            dropped = ledger.drop(txn, id, shape, bits, given)
+            ledger.put_bits(txn, id, bits)
+            return shape, given, dropped
+
+        with self._changes:
+            outcome = self._index.write(job)
+            if outcome is None:
+                return 0
+            shape, given, dropped = outcome
+            if given.full:
+                self._files.forget(id)
+            if punch:
+                self._punch(id, shape, given)
+            if id in self._lost:
+                self._lost[id].difference(given)
+        return dropped.byte_count(shape)
+
+    def _punch(self, blob: BlobId, shape: BlobShape, chunks: ChunkSet) -> None:
+        if not self._files.punch(blob, [shape.bytes_of(run) for run in chunks.runs()]):
+            log.info(
+                "the filesystem of %s cannot free parts of a file: dropped chunks keep their space", self.root
+            )
+
+    # The whole
+
+    def usage(self) -> tuple[int, int]:
+        """Bytes recorded as present, and bytes that the data files occupy."""
+        recorded = occupied = 0
+        with self._index.read() as txn:
+            for record in ledger.blob_records(txn):
+                bits = ledger.load_bits(txn, record.blob.id, record.blob.shape)
+                recorded += bits.present.byte_count(record.blob.shape)
+                found = self._files.status(record.blob.id)
+                occupied += found.st_blocks * 512 if found is not None else 0
+        return recorded, occupied
+
+    def free_bytes(self) -> int:
+        """Bytes that this user may still write to the cache's filesystem."""
+        with disk_errors(f"look at the filesystem of {self.root}"):
+            space = os.statvfs(self.root)
+        return space.f_bavail * space.f_frsize
+
+    def check(self, *, deep: bool = False) -> list[str]:
+        """Sentences about everything in which index, bitmaps and files disagree; `deep` hashes every chunk."""
+        from weightfs.store.checking import check
+
+        return check(self._index, self._files, self.epoch, deep=deep)
+
+    def _record(self, txn: Txn, blob: BlobId) -> BlobRecord:
+        record = ledger.blob_record(txn, blob)
+        if record is None:
+            raise CacheError(f"the cache {self.root} knows no blob {blob}: add its ref again")
+        return record
+
+
+def _by_blob(landings: Iterable[Landing]) -> dict[BlobId, list[Landing]]:
+    found: dict[BlobId, list[Landing]] = {}
+    for landing in landings:
+        found.setdefault(landing.blob, []).append(landing)
+    return found
+
+
+def _named(txn: Txn) -> set[BlobId]:
+    return {blob for record in ledger.ref_records(txn) for _, blob in record.entries}
+
+
+def _entry_blob(txn: Txn, blob: BlobId, known: dict[BlobId, Blob]) -> Blob:
+    if blob not in known:
+        record = ledger.blob_record(txn, blob)
+        if record is None:
+            raise RecordError(f"a ref names blob {blob}, which is not recorded")
+        known[blob] = ledger.whole_blob(txn, record)
+    return known[blob]

@@ -1,0 +1,326 @@
+"""The LMDB index of a cache: `<cache>/index/data.mdb`. The only module that touches lmdb.
+
+Tables, keys and values (`records.py` has the encodings; "sealed" is explained there)::
+
+    meta   "format"           ASCII decimal; readable by every version of weightfs, past and future
+           "state"            sealed JSON: epoch, clean, instance
+    ref    sha256(ref)        sealed JSON: ref, revision, tree, entries, added_at, previous revisions
+    blob   id[16]             sealed JSON: size, chunk_length, sha256, mirrors, policy, trust, list
+    list   id[16]             sealed: 32 bytes per chunk of the published list
+    chunk  id[16] ‖ u64be offset
+                              u8 state (1 landed, 2 listed, 3 proven, 4 disk-bad, 5 suspect; | 0x80: bytes dropped,
+                              digest kept) | u8 source | u16 epoch | u32 length | sha256[32] | u32 landed_at
+    bits   id[16]             sealed: u32be count ‖ present bitmap ‖ suspect bitmap, both little-endian
+    run    id[16]             sealed: u64be frontier ‖ 8 × u32be H
+    file   id[16]             sealed: size, inode, ctime, mtime at the last clean close
+    doomed id[16]             sealed, empty: a data file that is to be deleted
+
+Rules that hold here:
+
+- The chunk records are the truth; `bits` says the same, is written in the same transaction, and spares the scan.
+- Every commit is synced (neither MDB_NOSYNC nor MDB_WRITEMAP).
+- The map grows when it is full; a transaction that met the end is run again, so jobs given to `write` must be
+  repeatable.
+- An lmdb.Error leaves this module as a CacheError only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import lmdb
+import lmdb.verify
+
+from weightfs.errors import CacheCorruptError, CacheError, DiskFault, NoSpaceError
+from weightfs.store import probe
+from weightfs.store.records import RecordError, seal, unseal
+from weightfs.store.sparse import disk_errors, reserve, translate
+
+TABLES = ("meta", "ref", "blob", "list", "chunk", "bits", "run", "file", "doomed")
+_MAP_SIZE = 1 << 28  # address space, not memory: 2 million chunk records before it must grow
+_MAX_MAP_SIZE = 1 << 42
+# Kept allocated past the end of data.mdb: on a full disk, dropping chunks still needs new pages (copy on write).
+_HEADROOM = 8 << 20
+_CLOSED = "closed"  # beside data.mdb: how it looked when we closed it
+
+T = TypeVar("T")
+
+
+class Txn:
+    """One transaction. Values are copies; nothing outlives it but bytes."""
+
+    def __init__(self, txn: lmdb.Transaction[bytes], tables: dict[str, lmdb._Database]) -> None:
+        self._txn = txn
+        self._tables = tables
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """The raw value."""
+        return self._txn.get(key, db=self._tables[table])
+
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        """Write a raw value."""
+        self._txn.put(key, value, db=self._tables[table])
+
+    def delete(self, table: str, key: bytes) -> bool:
+        """Whether there was one."""
+        return self._txn.delete(key, db=self._tables[table])
+
+    def get_sealed(self, table: str, key: bytes) -> bytes | None:
+        """The payload of a sealed value. RecordError."""
+        value = self.get(table, key)
+        return None if value is None else unseal(table, key, value)
+
+    def put_sealed(self, table: str, key: bytes, payload: bytes) -> None:
+        """Write a sealed value."""
+        self.put(table, key, seal(table, key, payload))
+
+    def scan(self, table: str, prefix: bytes = b"", start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Keys that begin with `prefix`, from `start` on, ascending, with raw values."""
+        with self._txn.cursor(db=self._tables[table]) as cursor:
+            if not cursor.set_range(start or prefix):
+                return
+            for key, value in cursor:
+                if not key.startswith(prefix):
+                    return
+                yield key, value
+
+    def keys(self, table: str) -> list[bytes]:
+        """Every key."""
+        with self._txn.cursor(db=self._tables[table]) as cursor:
+            return list(cursor.iternext(values=False))
+
+
+class Index:
+    """An open index. Transactions may be asked for from any thread; a write waits for the write before it."""
+
+    def __init__(self, directory: Path, env: lmdb.Environment, tables: dict[str, lmdb._Database]) -> None:
+        self.directory = directory
+        self._env = env
+        self._tables = tables
+        self._writer = threading.Lock()
+        self._gate = _Gate()
+        self._closed = False
+        self._reserve()
+
+    @classmethod
+    def open(cls, directory: Path, *, map_size: int = _MAP_SIZE) -> Index:
+        """Open or make the index. CacheCorruptError, DiskFault, NoSpaceError, CacheError."""
+        data = directory / "data.mdb"
+        seal_file = directory / _CLOSED
+        with disk_errors(f"look at {data}"):
+            _check_ours(data)
+            known = _fingerprint(data)
+            closed = seal_file.read_text() if seal_file.is_file() else ""
+        if known and closed != known and (wrong := probe.walk(directory)) is not None:
+            raise corrupt(directory, wrong)
+        with disk_errors(f"write to {directory}"):
+            seal_file.unlink(missing_ok=True)
+        with _lmdb_errors(directory):
+            env = lmdb.open(
+                os.fspath(directory),
+                map_size=map_size,
+                max_dbs=32,
+                mode=0o700,
+                max_readers=512,
+                readahead=False,
+            )
+            try:
+                env.reader_check()
+                tables = {name: env.open_db(name.encode()) for name in TABLES}
+            except BaseException:
+                env.close()
+                raise
+        return cls(directory, env, tables)
+
+    @contextmanager
+    def read(self) -> Iterator[Txn]:
+        """A snapshot. Keep it short: a map that must grow waits for it."""
+        with self._gate.shared(), _lmdb_errors(self.directory):
+            self._check_open()
+            with self._env.begin() as txn:
+                yield Txn(txn, self._tables)
+
+    def write(self, job: Callable[[Txn], T]) -> T:
+        """Run `job` in a write transaction and sync it; its exception aborts. It may be run more than once."""
+        with self._writer:
+            while True:
+                self._check_open()
+                try:
+                    with (
+                        self._gate.shared(),
+                        _lmdb_errors(self.directory),
+                        self._env.begin(write=True) as txn,
+                    ):
+                        result = job(Txn(txn, self._tables))
+                except _MapIsFullError:
+                    self._grow()
+                else:
+                    self._reserve()
+                    return result
+
+    def close(self) -> None:
+        """Close it, and note how the file looks, so that the next start need not walk it."""
+        with self._writer, self._gate.exclusive():
+            if self._closed:
+                return
+            self._closed = True
+            self._env.close()
+        data = self.directory / "data.mdb"
+        with disk_errors(f"write to {self.directory}"):
+            descriptor = os.open(
+                self.directory / _CLOSED,
+                os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW,
+                0o600,
+            )
+            try:
+                os.write(descriptor, _fingerprint(data).encode())
+            finally:
+                os.close(descriptor)
+
+    def abandon(self) -> None:
+        """Close it without that note: the next start walks it."""
+        with self._writer, self._gate.exclusive():
+            if not self._closed:
+                self._closed = True
+                self._env.close()
+
+    def verify(self) -> list[str]:
+        """What a walk over every byte of the file finds wrong. Writers wait meanwhile."""
+        walk: Callable[[str], list[str]] = lmdb.verify.verify  # has no annotations of its own
+        with self._writer, _lmdb_errors(self.directory):
+            self._check_open()
+            try:
+                findings = walk(os.fspath(self.directory))
+            except lmdb.verify.VerifyError as error:
+                findings = [str(error)]
+        return [f"the index {self.directory} is damaged: {finding}" for finding in findings]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CacheError(f"the cache {self.directory.parent} was closed")
+
+    def _grow(self) -> None:
+        with self._gate.exclusive(), _lmdb_errors(self.directory):
+            size = self._env.info()["map_size"] * 2
+            if size > _MAX_MAP_SIZE:
+                raise CacheError(
+                    f"the index {self.directory} outgrew {_MAX_MAP_SIZE} bytes: remove some refs"
+                )
+            self._env.set_mapsize(size)
+
+    def _reserve(self) -> None:
+        """Keep room for the transactions that free room. Where the filesystem cannot, they may fail: no harm done."""
+        try:
+            descriptor = os.open(self.directory / "data.mdb", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return
+        try:
+            found = os.fstat(descriptor)
+            if found.st_blocks * 512 < found.st_size + _HEADROOM // 2:
+                reserve(descriptor, found.st_size + _HEADROOM)
+        finally:
+            os.close(descriptor)
+
+
+class _Gate:
+    """Many in `shared`, or one in `exclusive`: LMDB's map may change only while no transaction is open."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._closed = False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._closed = True
+            self._changed.wait_for(lambda: not self._inside)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._closed = False
+                self._changed.notify_all()
+
+
+class _MapIsFullError(Exception):
+    """Between `write` and its own retry."""
+
+
+def corrupt(directory: Path, what: str) -> CacheCorruptError:
+    """The error for an index that cannot be read, with the way out."""
+    return CacheCorruptError(
+        f"the index {directory} is damaged ({what}): stop weightfs and move that directory aside; "
+        "weightfs then starts with an empty index, and no data file is deleted"
+    )
+
+
+@contextmanager
+def _lmdb_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise _MapIsFullError from error
+    except RecordError as error:
+        raise corrupt(directory, str(error)) from error
+    except (
+        lmdb.CorruptedError,
+        lmdb.PageNotFoundError,
+        lmdb.VersionMismatchError,
+        lmdb.InvalidError,
+    ) as error:
+        raise corrupt(directory, str(error)) from error
+    except lmdb.PanicError as error:
+        raise DiskFault(
+            f"the index {directory} failed to reach the disk before: restart weightfs ({error})"
+        ) from error
+    except lmdb.Error as error:
+        raise _of_lmdb(error, directory) from error
+
+
+def _of_lmdb(error: lmdb.Error, directory: Path) -> CacheError:
+    number = error.code
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(f"the index {directory} cannot grow: {os.strerror(number)}; free some space")
+    if number > 0:
+        return translate(OSError(number, os.strerror(number)), f"use the index {directory}")
+    return CacheError(f"the index {directory} failed: {error}")
+
+
+def _check_ours(data: Path) -> None:
+    """Refuse a data.mdb that is a link: LMDB would follow it."""
+    for path in (data, data.with_name("lock.mdb")):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            continue
+        if path.is_symlink() or found.st_nlink > 1:
+            raise CacheError(f"{path} is a link, which weightfs does not follow: remove it")
+
+
+def _fingerprint(data: Path) -> str:
+    """Size, inode and times; empty if there is no file."""
+    try:
+        found = data.stat()
+    except FileNotFoundError:
+        return ""
+    return f"{found.st_size} {found.st_ino} {found.st_mtime_ns} {found.st_ctime_ns}" if found.st_size else ""

@@ -1,0 +1,68 @@
+"""One process owns a cache directory: an flock on `<cache>/lock`, which names its owner's process id.
+
+The file is never removed: unlinking a lock file lets two processes lock two files of one name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from weightfs.errors import CacheBusyError, CacheError
+from weightfs.store.sparse import disk_errors
+
+
+def acquire(path: Path) -> int:
+    """Lock `path`, write our process id into it, and return its descriptor. CacheBusyError, CacheError."""
+    with disk_errors(f"open the lock file {path}"):
+        # Close-on-exec: a fetch worker that outlived us would otherwise hold the lock in our place.
+        descriptor = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
+        )
+    try:
+        _lock(descriptor, path)
+        with disk_errors(f"write the lock file {path}"):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Give the lock back; the file stays, empty."""
+    try:
+        os.ftruncate(descriptor, 0)
+    except OSError:
+        pass  # the text is a courtesy; the lock itself is what counts, and closing gives it back
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        with disk_errors(f"lock {path}"):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except CacheError as error:
+        if not isinstance(error.__cause__, BlockingIOError):
+            raise
+        pid = _owner(descriptor)
+        who = "another weightfs process" if pid is None else f"the weightfs process {pid}"
+        raise CacheBusyError(
+            f"{path.parent} is in use by {who}: stop that one first, or choose another cache directory",
+            pid=pid,
+        ) from None
+    with disk_errors(f"look at the lock file {path}"):
+        mine, named = os.fstat(descriptor), os.lstat(path)
+    if (mine.st_dev, mine.st_ino) != (named.st_dev, named.st_ino):
+        raise CacheBusyError(f"{path} was replaced while it was being locked: try again")
+
+
+def _owner(descriptor: int) -> int | None:
+    try:
+        text = os.pread(descriptor, 32, 0)
+    except OSError:
+        return None
+    return int(text) if text.strip().isdigit() else None
