@@ -277,13 +277,13 @@ class WeightOperations(pyfuse3.Operations):
 
     async def _refusal(self, sentence: Sentence) -> FUSEError:
         """Hold the answer, then give it."""
-        self.stats.failed_reads += 1
         self.stats.held += 1
         try:
             with trio.move_on_after(sentence.hold):
                 await self._stopping.wait()
         finally:
             self.stats.held -= 1
+        self.stats.failed_reads += 1
         return FUSEError(sentence.errno)
 
     # --- the rest

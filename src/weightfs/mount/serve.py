@@ -82,8 +82,9 @@ async def serve(
         operations = WeightOperations(engine, _tree(engine, layouts), stats, handover.takeover)
         with _rebuilding(operations, engine, layouts):
             handover.attach(operations)
-            with guarded_reads(handover.fd), _quiet_pyfuse3():
-                await _Session(connection, handover, operations, engine, options).run(stats, task_status)
+            session = _Session(connection, handover, operations, engine, options)
+            with guarded_reads(handover.fd, session.lost), _quiet_pyfuse3():
+                await session.run(stats, task_status)
     finally:
         handover.close()
         with trio.CancelScope(shield=True), trio.move_on_after(mounttable.HELPER_TIMEOUT):
@@ -135,7 +136,8 @@ class _Session:
         self._operations = operations
         self._engine = engine
         self._options = options
-        self._ended = trio.Event()
+        self._over = trio.Event()  # the connection has ended; handlers may still be waiting
+        self._ended = trio.Event()  # the loop and every handler have
         self._scope = trio.CancelScope(
             shield=True
         )  # the loop outlives a cancellation, to serve until the unmount
@@ -155,16 +157,20 @@ class _Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._loop)
             try:
-                if not await mounted.probe() and not self._ended.is_set():
+                if not await mounted.probe() and not self._over.is_set():
                     self._failure = self._handover.failure or TimeoutError(
                         "it did not answer its own statvfs"
                     )
                     return  # through `finally`; raised below the nursery, which would wrap it
                 task_status.started(mounted)
-                await self._ended.wait()
+                await self._over.wait()
             finally:
                 with trio.CancelScope(shield=True):
                     await self._stop()
+
+    def lost(self) -> None:
+        """The kernel has ended the connection: unmounted from outside, or aborted."""
+        self._over.set()
 
     async def _loop(self) -> None:
         with self._scope:
@@ -174,35 +180,42 @@ class _Session:
                 _log.exception("pyfuse3's loop failed")
                 self._failure = error
             finally:
+                self._over.set()
                 self._ended.set()
 
     async def _stop(self) -> None:
+        """Fail the reads, unmount while requests are still answered, and end the loop: each within bounds."""
         self._operations.stop_holding()
         self._engine.fail_reads()
         if not self._ended.is_set():
-            gone = False
-            with trio.move_on_after(self._options.unmount_timeout):
-                while not (gone := await self._unmount(lazy=False)):  # noqa: ASYNC110 - no event says "not busy"
-                    await trio.sleep(0.05)
-            if not gone:
-                _log.warning(
-                    "%s is in use; it is detached, and what is open there fails from now on",
-                    self._connection.path,
-                )
-                with trio.move_on_after(mounttable.HELPER_TIMEOUT):
-                    await self._unmount(lazy=True)
-            await self._end(terminate=not gone)
+            gone = await self._take_away()
+            # After an unmount the kernel ends the loop. Else, or if it does not (another mount namespace holds
+            # the mount too), the loop is told to end.
+            if not (gone and await self._wait_for_end()):
+                pyfuse3.terminate()
+                await self._wait_for_end()
         self._scope.cancel()
 
-    async def _end(self, *, terminate: bool) -> None:
-        """Wait for the loop: the kernel ends it after an unmount; else it is told to end."""
-        if not terminate:
-            with trio.move_on_after(_END_TIMEOUT):
-                await self._ended.wait()
-                return
-        pyfuse3.terminate()
+    async def _take_away(self) -> bool:
+        """Unmount, or detach a busy mount when the time is over. True: the kernel will end the connection."""
+        patience = 0.0 if self._over.is_set() else self._options.unmount_timeout  # a dead mount has no users
+        with trio.move_on_after(patience):
+            while not await self._unmount(lazy=False):  # noqa: ASYNC110 - no event says "not busy any more"
+                await trio.sleep(0.05)
+            return True
+        if not self._over.is_set():
+            _log.warning(
+                "%s is in use; it is detached, and reads of what is open there fail", self._connection.path
+            )
+        with trio.move_on_after(mounttable.HELPER_TIMEOUT):
+            await self._unmount(lazy=True)
+        return self._over.is_set()
+
+    async def _wait_for_end(self) -> bool:
         with trio.move_on_after(_END_TIMEOUT):
             await self._ended.wait()
+            return True
+        return False
 
     async def _unmount(self, *, lazy: bool) -> bool:
         return await trio.to_thread.run_sync(

@@ -24,7 +24,7 @@ import stat
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def _prepare(mountpoint: Path) -> Path:
         mode = path.lstat().st_mode
         if not stat.S_ISDIR(mode):
             raise MountError(f"The mount point {path} is not a directory; name an empty directory.")
-        if next(os.scandir(path), None) is not None:
+        if any(path.iterdir()):
             raise MountError(f"The mount point {path} is not empty; name an empty directory.")
     except FileNotFoundError:
         raise MountError(f"The mount point {path} does not exist; make it with: mkdir -p {path}") from None
@@ -337,7 +337,7 @@ class Handover:
 
 
 @contextlib.contextmanager
-def guarded_reads(fd: int) -> Iterator[None]:
+def guarded_reads(fd: int, lost: Callable[[], None]) -> Iterator[None]:
     """Keep pyfuse3's blocking read of /dev/fuse, for which it holds the GIL, from freezing the process.
 
     A request that its caller withdraws (a killed reader) between epoll's word and the read leaves the read
@@ -345,6 +345,8 @@ def guarded_reads(fd: int) -> Iterator[None]:
     that and the read. Second: a signal every second, so that a read that lost even that race ends with EINTR,
     and pyfuse3 waits again. Signals need the main thread; elsewhere, or where somebody else uses SIGALRM,
     there is the first guard alone.
+
+    `lost` is called when the kernel has ended the connection: pyfuse3 tells that only when every handler is done.
     """
     names = vars(pyfuse3)
     wait = names["_wait_fuse_readable"]
@@ -353,7 +355,10 @@ def guarded_reads(fd: int) -> Iterator[None]:
 
     async def wait_fuse_readable() -> bool:
         while await wait():
-            if ready.poll(0):  # POLLERR counts: the read then tells that the connection has ended
+            events = ready.poll(0)
+            if events and events[0][1] & select.POLLERR:
+                lost()  # the read that follows gets ENODEV
+            if events:
                 return True
         return False
 

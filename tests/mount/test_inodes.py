@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import hashlib
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightfs.core.geometry import BlobShape
+from weightfs.core.manifest import Blob, BlobId
+from weightfs.layouts.base import Dir, File, Link
+from weightfs.mount.inodes import ROOT, DirNode, FileNode, LinkNode, Namespace, number_of
+
+Entry = tuple[str, File | Dir | Link]
+
+
+def file(name: str) -> File:
+    digest = hashlib.sha256(name.encode()).digest()
+    return File(Blob(BlobId.of_digest(digest), BlobShape.of(10), digest, ()))
+
+
+def tree(namespace: Namespace) -> dict[str, str]:
+    """Every path by walking down from the root, with what is there."""
+    found: dict[str, str] = {}
+
+    def walk(node: DirNode, prefix: str) -> None:
+        for offset, name, child in namespace.listing(node, 0):
+            assert offset > 0
+            if name in (".", ".."):
+                continue
+            assert namespace.lookup(node.ino, name) is child
+            path = f"{prefix}{name}"
+            match child:
+                case FileNode(blob=blob):
+                    found[path] = str(blob.id)
+                case LinkNode(target=target):
+                    found[path] = f"-> {target}"
+                case DirNode():
+                    found[path] = "dir"
+                    assert child.parent == node.ino
+                    walk(child, path + "/")
+
+    root = namespace.node(ROOT)
+    assert isinstance(root, DirNode)
+    walk(root, "")
+    return found
+
+
+def test_a_tree_with_all_there_is() -> None:
+    namespace = Namespace.build(
+        [("m", Dir()), ("m/a/b", file("1")), ("m/c", file("1")), ("m/d", Link("a/b")), ("e/f/g", Dir())]
+    )
+    one = str(file("1").blob.id)
+    assert tree(namespace) == {
+        "m": "dir",
+        "m/a": "dir",
+        "m/a/b": one,
+        "m/c": one,
+        "m/d": "-> a/b",
+        "e": "dir",
+        "e/f": "dir",
+        "e/f/g": "dir",
+    }
+    assert not namespace.conflicts
+    root = namespace.node(ROOT)
+    assert isinstance(root, DirNode)
+    assert (root.ino, root.parent, root.subdirectories) == (1, 1, 2)
+    m = namespace.lookup(ROOT, "m")
+    assert isinstance(m, DirNode)
+    assert m.subdirectories == 1
+    assert namespace.lookup(m.ino, "..") is root
+    assert namespace.lookup(m.ino, ".") is m
+    b = namespace.lookup(m.ino, "c")
+    assert isinstance(b, FileNode)
+    assert b.links == 2
+    assert namespace.lookup(b.ino, "x") is None
+    assert namespace.lookup(m.ino, "x") is None
+
+
+def test_an_empty_tree_has_a_root() -> None:
+    assert tree(Namespace.build([])) == {}
+
+
+def test_numbers_follow_from_content_and_path_alone() -> None:
+    one = Namespace.build([("a/x", file("1")), ("b", file("2"))])
+    other = Namespace.build([("b", file("3")), ("z/y", file("1")), ("a/q", file("2"))])
+
+    def ino(namespace: Namespace, *names: str) -> int:
+        node = namespace.node(ROOT)
+        for name in names:
+            assert node is not None
+            node = namespace.lookup(node.ino, name)
+        assert node is not None
+        return node.ino
+
+    assert ino(one, "a", "x") == ino(other, "z", "y")
+    assert ino(one, "b") == ino(other, "a", "q")
+    assert ino(one, "a") == ino(other, "a")
+    assert ino(one, "b") != ino(other, "b")
+
+
+def crowded(key: bytes, attempt: int) -> int:
+    """Nearly everything collides."""
+    return number_of(key, 0) % 3 + attempt
+
+
+entries = st.lists(
+    st.tuples(
+        st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map("/".join),
+        st.one_of(st.sampled_from("123456").map(file), st.just(Dir()), st.sampled_from("xy").map(Link)),
+    ),
+    max_size=20,
+)
+
+
+@given(entries, st.booleans())
+def test_whatever_the_layouts_say_there_is_a_tree_and_every_blob_is_in_it(
+    wanted: list[Entry], collide: bool
+) -> None:
+    number = crowded if collide else number_of
+    namespace = Namespace.build(wanted, number=number)
+    found = tree(namespace)
+    assert {str(e.blob.id) for _, e in wanted if isinstance(e, File)} == {
+        v for v in found.values() if len(v) == 32
+    }
+    for path, entry in wanted:
+        if isinstance(entry, Dir):
+            assert found[path] == "dir"
+        elif found[path] != (str(entry.blob.id) if isinstance(entry, File) else f"-> {entry.target}"):
+            assert any(repr(path) in conflict for conflict in namespace.conflicts)
+
+
+@given(entries)
+def test_numbers_do_not_depend_on_the_order_of_entries_even_where_they_collide(wanted: list[Entry]) -> None:
+    files = {path + "/f": entry for path, entry in wanted if isinstance(entry, File)}
+    one = Namespace.build(list(files.items()), number=crowded)
+    other = Namespace.build(list(reversed(files.items())), number=crowded)
+    assert tree(one) == tree(other)
+    for path in files:
+        a = b = ROOT
+        for name in path.split("/"):
+            x, y = one.lookup(a, name), other.lookup(b, name)
+            assert x is not None
+            assert y is not None
+            assert x.ino == y.ino
+            a, b = x.ino, y.ino
+
+
+def test_a_file_in_the_way_of_a_directory_is_renamed_and_a_bad_path_left_out() -> None:
+    namespace = Namespace.build([("a", file("1")), ("a/b", file("2")), ("../x", file("3")), ("a", file("1"))])
+    one, two = (str(file(name).blob.id) for name in "12")
+    assert tree(namespace) == {"a": "dir", "a/b": two, f"a~{one[:8]}": one}
+    assert len(namespace.conflicts) == 3
+    assert "'..'" in namespace.conflicts[0]
+
+
+@given(st.sets(st.integers(0, 60)), st.sets(st.integers(0, 60)), st.integers(0, 20))
+def test_a_listing_goes_on_in_a_newer_tree_without_repeating_or_skipping(
+    before: set[int], after: set[int], taken: int
+) -> None:
+    old = Namespace.build([("d", Dir()), *((f"d/{n}", file(str(n))) for n in before)])
+    new = Namespace.build([("d", Dir()), *((f"d/{n}", file(str(n))) for n in after)])
+    d_old, d_new = old.lookup(ROOT, "d"), new.lookup(ROOT, "d")
+    assert isinstance(d_old, DirNode)
+    assert isinstance(d_new, DirNode)
+    first = list(old.listing(d_old, 0))[:taken]
+    rest = list(new.listing(d_new, first[-1][0] if first else 0))
+    seen = [name for _, name, _ in [*first, *rest]]
+    assert len(seen) == len(set(seen))
+    assert {str(n) for n in before & after} <= set(seen)

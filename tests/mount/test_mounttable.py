@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from weightfs.errors import MountError
+from weightfs.mount.mounttable import Health, Mount, bounded, canonical, parse_mountinfo, probe
+
+TEXT = """\
+22 28 0:21 / /proc rw,nosuid,nodev,noexec,relatime shared:12 - proc proc rw
+36 35 98:0 /mnt1 /mnt\\0402/with\\134back rw,noatime master:1 propagate_from:2 - ext3 /dev/root rw,errors=continue
+47 27 0:41 / /mnt/models ro,nosuid,nodev,relatime - fuse.weightfs weightfs ro,user_id=0,group_id=0
+
+rubbish
+"""
+
+
+def test_mountinfo_is_parsed_with_its_escapes_and_optional_fields() -> None:
+    assert parse_mountinfo(TEXT) == [
+        Mount(22, "0:21", "/proc", "proc", "proc"),
+        Mount(36, "98:0", "/mnt 2/with\\back", "ext3", "/dev/root"),
+        Mount(47, "0:41", "/mnt/models", "fuse.weightfs", "weightfs"),
+    ]
+
+
+def test_canonical_resolves_links_and_dots(tmp_path: Path) -> None:
+    (tmp_path / "real" / "mnt").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "direct").symlink_to("real/mnt")
+    real = tmp_path.resolve() / "real" / "mnt"
+    assert canonical(tmp_path / "link" / ".." / "link" / "mnt") == real
+    assert canonical(tmp_path / "direct") == real
+    assert canonical(tmp_path / "real" / "nowhere") == tmp_path.resolve() / "real" / "nowhere"
+
+
+def test_a_probe_of_a_plain_directory_finds_it_alive(tmp_path: Path) -> None:
+    assert probe(tmp_path) is Health.ALIVE
+
+
+def test_bounded_work_gives_its_result_its_error_or_up() -> None:
+    assert bounded(lambda: 5, 30, "it") == 5
+    with pytest.raises(ZeroDivisionError):
+        bounded(lambda: 1 // 0, 30, "it")
+    release = threading.Event()
+    with pytest.raises(MountError, match="did not answer within"):
+        bounded(release.wait, 0.01, "it")
+    release.set()
