@@ -17,7 +17,7 @@ from weightfs.core.manifest import Blob, BlobId, Mirror, Policy, Trust
 from weightfs.core.readahead import ReadAhead
 from weightfs.core.ref import without_secrets
 from weightfs.engine.status import BlobStatus
-from weightfs.store.index import RunState
+from weightfs.store.cache import RunState
 
 
 @dataclass(slots=True)
@@ -42,6 +42,8 @@ class BlobState:
     filling: bool = False
     prepared: bool = False
     checking: dict[int, trio.Event] = field(default_factory=dict)  # suspect chunks being hashed
+    # Digests that a chunk must have where there is no list: proven once, then dropped (store.Cache.required_digests).
+    required: dict[int, bytes] = field(default_factory=dict)
     let_go: int = 0  # the byte up to which the pages behind a sequential reader were let go
     changed: trio.Event = field(
         default_factory=trio.Event
@@ -79,6 +81,11 @@ class BlobState:
         if self.trust is Trust.VERIFIED:
             return self.shape.chunk_count
         return self.run.frontier if self.run else 0
+
+    def expected(self, chunk: int) -> bytes:
+        """What the chunk must hash to; empty if nobody knows."""
+        listed = self.blob.chunk_list
+        return listed.digest_of(chunk) if listed is not None else self.required.get(chunk, b"")
 
     def notify(self) -> None:
         """Wake whoever watches this blob."""

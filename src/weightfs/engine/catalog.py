@@ -13,8 +13,7 @@ from weightfs.core.manifest import Blob, BlobId, Manifest, Mirror, Policy
 from weightfs.core.readahead import ReadAhead
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.settings import EngineSettings
-from weightfs.store.cache import Cache
-from weightfs.store.index import Progress, StoredRef
+from weightfs.store.cache import Cache, Progress, StoredRef
 
 _Recalled = tuple[Blob, Progress]
 

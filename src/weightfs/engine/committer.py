@@ -1,14 +1,15 @@
 """Makes what landed durable, in batches: data first, then the index (`store.Cache.commit` owns that order).
 
 Readers wait for visible, not for durable: a crash loses some records, never the truth. What could not be committed is
-kept and tried again; meanwhile the planner's unsettled bound stops new fetches, so this queue is bounded by it.
+given up as lost: a failed fsync is told once, and what it was about may be gone. The planner's unsettled bound keeps
+this queue short.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -16,9 +17,8 @@ import trio
 from weightfs.core.chunkset import ChunkSet
 from weightfs.core.manifest import BlobId, Trust
 from weightfs.engine.settings import EngineSettings
-from weightfs.errors import CacheError
-from weightfs.store.cache import Cache
-from weightfs.store.index import Landing, RunState
+from weightfs.errors import CacheError, IntegrityError, WeightfsError
+from weightfs.store.cache import Cache, Landing, RunState
 
 log = logging.getLogger(__name__)
 
@@ -61,18 +61,25 @@ class Batch:
 
 
 class Committer:
-    """One per engine. `committed(batch)` is called in the trio thread after each durable batch."""
+    """One per engine. `committed(batch)` is called after each durable batch, `lost(batch)` after each failed one."""
 
-    def __init__(self, cache: Cache, settings: EngineSettings, committed: Callable[[Batch], None]) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        settings: EngineSettings,
+        committed: Callable[[Batch], None],
+        lost: Callable[[Batch], Awaitable[None]],
+    ) -> None:
         self._cache = cache
         self._settings = settings
         self._committed = committed
+        self._lost = lost
         self._batch = Batch()
         self._gathered = 0  # bytes in the batch
         self._some = trio.Event()
         self._enough = trio.Event()
         self._lock = trio.Lock()  # one commit at a time; never held across network I/O
-        self.trouble: CacheError | None = None
+        self.trouble: WeightfsError | None = None
 
     @property
     def pending(self) -> int:
@@ -112,7 +119,7 @@ class Committer:
                 await trio.sleep(RETRY_SECONDS)
 
     async def flush(self) -> bool:
-        """Make durable what is queued now. False if the cache could not; then it is queued still."""
+        """Make durable what is queued now. False if the cache could not; then it was given up as lost."""
         async with self._lock:
             batch, self._batch, self._gathered = self._batch, Batch(), 0
             self._some, self._enough = trio.Event(), trio.Event()
@@ -121,17 +128,19 @@ class Committer:
             try:
                 with trio.CancelScope(shield=True):  # a thread that commits cannot be abandoned
                     await trio.to_thread.run_sync(self._commit, batch)
-            except CacheError as error:
+            except (CacheError, IntegrityError) as error:
                 if self.trouble is None:
-                    log.error(
-                        "cannot commit %d chunks to the index, trying again: %s", len(batch.landings), error
-                    )
+                    log.error("cannot commit %d chunks to the index: %s", len(batch.landings), error)
                 self.trouble = error
-                self._restore(batch)
-                return False
-            self.trouble = None
-        self._committed(batch)
-        return True
+                failed = True
+            else:
+                self.trouble, failed = None, False
+        if failed:  # outside the lock: dropping takes it
+            with trio.CancelScope(shield=True):
+                await self._lost(batch)
+        else:
+            self._committed(batch)
+        return not failed
 
     def _commit(self, batch: Batch) -> None:
         self._cache.commit(
@@ -141,16 +150,6 @@ class Committer:
             rehashed=batch.rehashed,
             now=int(time.time()),
         )
-
-    def _restore(self, batch: Batch) -> None:
-        newer, self._batch = self._batch, batch
-        batch.landings += newer.landings
-        self._gathered = batch.nbytes
-        batch.runs.update(newer.runs)
-        batch.trusts.update(newer.trusts)
-        for blob, chunks in newer.rehashed.items():
-            batch.rehashed.setdefault(blob, ChunkSet(chunks.count)).union(chunks)
-        self._some.set()
 
     async def forget(self, blob: BlobId, chunks: set[int] | None = None) -> int:
         """Take a blob (or these chunks of it) out of the queue; waits for a running commit.

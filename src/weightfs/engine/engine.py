@@ -22,6 +22,7 @@ from weightfs.core.ref import Ref
 from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.catalog import Catalog
+from weightfs.engine.causes import one_cause
 from weightfs.engine.committer import Committer
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
@@ -36,8 +37,7 @@ from weightfs.engine.workers import WorkerPool
 from weightfs.errors import FailureKind, ReadError
 from weightfs.sources import open_source
 from weightfs.sources.base import Source
-from weightfs.store.cache import Cache
-from weightfs.store.index import StoredRef
+from weightfs.store.cache import Cache, StoredRef
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Engine:
         self._holdings = Holdings(cache, self._planner, self._catalog.get, self._durable)
         self._pool = WorkerPool(settings, self._handle, keep_fds=(cache.lock_fd,))
         self._fetcher = Fetcher(self._planner, self._pool, self._holdings.landed)
-        self._committer = Committer(cache, settings, self._holdings.committed)
+        self._committer = Committer(cache, settings, self._holdings.committed, self._holdings.lost)
         self._holdings.connect(self._fetcher, self._committer)
         self._hasher = Hasher(cache, self._pool.submit)
         self._sealer = Sealer(
@@ -273,7 +273,7 @@ async def open_engine(cache: Cache, settings: EngineSettings) -> AsyncIterator[E
     """An engine over an open cache, for as long as the block runs. What landed is committed before it returns."""
     engine: Engine | None = None
     try:
-        async with trio.open_nursery() as nursery:
+        async with one_cause(), trio.open_nursery() as nursery:
             engine = Engine(cache, settings, nursery)
             try:
                 await engine._start()

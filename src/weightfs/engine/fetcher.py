@@ -98,8 +98,7 @@ class Fetcher:
         state = self._blobs[fetch.blob]
         mirror = state.mirrors[fetch.mirror]
         self._jobs[fetch.job] = (state, fetch)
-        trusted = state.blob.chunk_list
-        digests = trusted.digests[fetch.span.start * 32 : fetch.span.stop * 32].hex() if trusted else ""
+        digests = "".join(state.expected(chunk).hex().rjust(64, wire.UNKNOWN) for chunk in fetch.span)
         self._pool.submit(
             wire.FetchJob(
                 fetch.job,
@@ -136,10 +135,8 @@ class Fetcher:
                 nbytes = len(state.shape.span_of(chunk))
                 self.fetched_bytes += nbytes
                 state.fetched_bytes += nbytes
-                if state.id in self._blobs:
-                    self._landed(
-                        state, chunk, bytes.fromhex(digest)
-                    )  # before waiters wake: records and readers agree
+                if state.id in self._blobs:  # first the record, then the readers
+                    self._landed(state, chunk, bytes.fromhex(digest))
                 self.feed(plan.Landed(job, chunk))
             case wire.ChunkMismatched(job, chunk, actual):
                 self._mismatched(job, chunk, actual)
@@ -159,10 +156,9 @@ class Fetcher:
         state, fetch = entry
         self.mismatches += 1
         mirror = without_secrets(state.mirrors[fetch.mirror].url)
-        expected = state.blob.chunk_list.digest_of(chunk).hex() if state.blob.chunk_list else ""
         log.warning(
             "chunk %d of %s from mirror %s has SHA-256 %s where the chunk list says %s; discarded, asking elsewhere",
-            chunk, state.ref, mirror, actual, expected,
+            chunk, state.ref, mirror, actual, state.expected(chunk).hex(),
         )  # fmt: skip
         text = (
             f"chunk {chunk} of {state.ref} from mirror {mirror} does not match its chunk list; "
@@ -174,6 +170,10 @@ class Fetcher:
         entry = self._jobs.pop(message.job, None)
         self._ended.set()
         kind = FailureKind(message.kind)
+        if entry is not None and kind in (FailureKind.DISK, FailureKind.NO_SPACE):
+            entry[
+                0
+            ].prepared = False  # the file may be gone or cut: it is looked at again before the next fetch
         if entry is not None and kind is not FailureKind.CANCELLED:
             log.info("fetch of %s: %s (%s)", entry[0].ref, message.text, kind)
         failure = Failure(kind, message.text, message.mirror, message.retry_after)

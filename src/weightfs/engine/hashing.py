@@ -45,7 +45,7 @@ class Hasher:
         CacheError if the records or the file cannot be read at all.
         """
         records = await trio.to_thread.run_sync(self._cache.digests, state.id, chunks)
-        digests = "".join(records.get(chunk, b"").hex().rjust(64, "-") for chunk in chunks)
+        digests = "".join(records.get(chunk, b"").hex().rjust(64, wire.UNKNOWN) for chunk in chunks)
         resume = state.run.state.hex() if running and state.run and chunks.start else ""
         failure: wire.JobFailed | None = None
         for _ in range(TRIES):

@@ -20,9 +20,8 @@ from weightfs.engine.blobs import BlobState
 from weightfs.engine.committer import Batch, Committer
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.running import SAVABLE, RunningSha256
-from weightfs.errors import CacheError
-from weightfs.store.cache import Cache
-from weightfs.store.index import ChunkState, Landing, RunState
+from weightfs.errors import CacheError, DiskFault
+from weightfs.store.cache import Cache, ChunkState, Landing, RunState
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +55,26 @@ class Holdings:
 
     async def prepare(self, state: BlobState) -> bool:
         """Make sure that the sparse file has its full length. False, with a log line, if it cannot be made."""
-        if not state.prepared:
+        if not state.prepared and self._planner.knows(state.id):
             try:
-                await trio.to_thread.run_sync(self._cache.prepare, state.id)
+                await self._prepare(state)
             except CacheError as error:
                 log.error("%s", error)
                 return False
             state.prepared = True
         return self._planner.knows(state.id)
+
+    async def _prepare(self, state: BlobState) -> None:
+        try:
+            await trio.to_thread.run_sync(self._cache.prepare, state.id)
+        except DiskFault as error:
+            log.warning("%s; fetching all of %s again", error, state.ref)
+            await self.drop_bad(state, list(state.present))
+            await trio.to_thread.run_sync(self._cache.prepare, state.id)
+        if state.blob.chunk_list is None:
+            state.required = await trio.to_thread.run_sync(
+                self._cache.required_digests, state.id, state.shape.chunks
+            )
 
     async def fill(self, state: BlobState) -> None:
         """Put the blob in line for background fill."""
@@ -122,6 +133,8 @@ class Holdings:
             unsettled = await self._committer.forget(state.id, set(gone))
             self._distrust(state, min(gone))
             await trio.to_thread.run_sync(self._punch, state, gone)
+            if state.blob.chunk_list is None:
+                state.required |= await trio.to_thread.run_sync(self._required, state, gone)
         self._fetcher.feed(plan.Durable(state.id, unsettled))
         self._fetcher.feed(plan.Punched(state.id, gone))
         if state.filling and self._planner.knows(state.id):
@@ -136,6 +149,26 @@ class Holdings:
         self._committer.judged(state.id, state.trust)
         if state.run:
             self._committer.progressed(state.id, state.run)
+
+    def _required(self, state: BlobState, chunks: list[int]) -> dict[int, bytes]:
+        found: dict[int, bytes] = {}
+        for chunk in chunks:
+            found |= self._cache.required_digests(state.id, ChunkSpan(chunk, chunk + 1))
+        return found
+
+    async def lost(self, batch: Batch) -> None:
+        """A commit failed: what the index does not have is no longer believed to be on disk (fsync tells only once)."""
+        for blob in {landing.blob for landing, _ in batch.landings}:
+            state = self._look_up(blob)
+            if state is None:
+                continue
+            progress = await trio.to_thread.run_sync(self._cache.progress, blob)
+            mine = [(landing, nbytes) for landing, nbytes in batch.landings if landing.blob == blob]
+            recorded = Batch([entry for entry in mine if entry[0].chunk in progress.present])
+            self.committed(recorded)
+            gone = [entry for entry in mine if entry[0].chunk not in progress.present]
+            await self.drop(state, [landing.chunk for landing, _ in gone])
+            self._fetcher.feed(plan.Durable(blob, sum(nbytes for _, nbytes in gone)))
 
     def _punch(self, state: BlobState, chunks: list[int]) -> None:
         for chunk in chunks:

@@ -21,7 +21,7 @@ from weightfs.engine.hashing import Hasher
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.running import SAVABLE
 from weightfs.errors import CacheError
-from weightfs.store.index import RunState
+from weightfs.store.cache import RunState
 
 log = logging.getLogger(__name__)
 

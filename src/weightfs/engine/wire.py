@@ -17,6 +17,7 @@ import trio
 from weightfs.core.manifest import Policy
 from weightfs.sources.base import FetchSettings
 
+UNKNOWN = "-"  # 64 of these stand for a digest that nobody knows
 MAX_LINE = (
     8 * 1024 * 1024
 )  # a job for every chunk of the largest chunk list is 32,768 × 64 hex digits, and some
@@ -32,7 +33,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class FetchJob:
-    """Fetch chunks `[start, stop)` into the sparse file at `path`. `digests`: hex, one per chunk; empty: no list.
+    """Fetch chunks `[start, stop)` into the sparse file at `path`. `digests`: 64 characters per chunk.
 
     `whole`: no ranges; of the stream write only the chunks in `wanted`.
     """

@@ -24,7 +24,8 @@ import trio
 from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Mirror
 from weightfs.engine import wire
-from weightfs.engine.running import RunningSha256
+from weightfs.engine.causes import one_cause
+from weightfs.engine.running import SAVABLE, RunningSha256
 from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import open_source
 from weightfs.sources.base import FetchSettings, Source
@@ -171,7 +172,7 @@ class Worker:
             span = shape.bytes_of(ChunkSpan(job.start, job.stop))
             mirror = Mirror(job.url, validator=job.validator)
             opened = self._source(job.url).open_range(mirror, shape, span, whole=job.whole)
-            async with _unwrapped(), opened as pieces, trio.open_nursery() as landings:
+            async with one_cause(), opened as pieces, trio.open_nursery() as landings:
                 await self._assemble(running, shape, pieces, fd, landings)
         finally:
             os.close(fd)
@@ -228,7 +229,7 @@ class Worker:
     ) -> None:
         span = shape.span_of(chunk)
         index = (chunk - job.start) * 64
-        expected = bytes.fromhex(job.digests[index : index + 64])
+        expected = bytes.fromhex(job.digests[index : index + 64].strip(wire.UNKNOWN))
         try:
             # A thread that writes is never abandoned, so a stopped job writes nothing afterwards.
             data = memoryview(buffer)[: len(span)]
@@ -252,23 +253,6 @@ class Worker:
         except OSError as error:
             answer = _disk_failure(job.job, error)
         await self._send(answer)
-
-
-@contextlib.asynccontextmanager
-async def _unwrapped() -> AsyncIterator[None]:
-    """A nursery wraps what its tasks raise; a job has one cause of death, which is what we want to report."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        causes = [error for error in _leaves(group) if not isinstance(error, trio.Cancelled)]
-        raise (causes[0] if causes else group) from None
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found
 
 
 def _read_span(fd: int, span: ByteSpan) -> bytes:
@@ -312,7 +296,7 @@ def hash_chunks(job: wire.HashJob) -> wire.Hashed:
         return wire.Hashed(job.job, job.stop, bad)
     if chunk == shape.chunk_count:
         return wire.Hashed(job.job, chunk, bad, "", running.digest().hex())
-    return wire.Hashed(job.job, chunk, bad, running.state().hex() if running.SAVABLE and chunk else "")
+    return wire.Hashed(job.job, chunk, bad, running.state().hex() if SAVABLE and chunk else "")
 
 
 # ---- the process
