@@ -166,20 +166,8 @@ class Tick:
 
 
 JobEvent = Landed | Mismatched | Trimmed | Done | Failed
-Event = (
-    JobEvent
-    | Added
-    | Removed
-    | Remirrored
-    | Need
-    | Withdrawn
-    | Want
-    | Fill
-    | Durable
-    | Dropped
-    | Punched
-    | Tick
-)
+BlobEvent = Remirrored | Need | Want | Fill | Durable | Dropped | Punched
+Event = JobEvent | BlobEvent | Added | Removed | Withdrawn | Tick
 
 # ---- commands
 
