@@ -32,6 +32,8 @@ RECORD_BYTES = 16 * 1024  # the largest TLS plaintext record (RFC 8446 section 5
 ATTEMPT_DELAY_SECONDS = 0.25
 MAX_ADDRESSES = 16
 
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address is inside
+
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -362,9 +364,11 @@ class BulkBackend(httpcore.AsyncNetworkBackend):
 def is_private(address: Address) -> bool:
     """Whether an address is not on the public internet: loopback, link-local, RFC 1918 and others."""
     if isinstance(address, ipaddress.IPv6Address):
-        for inner in (address.ipv4_mapped, address.sixtofour, address.teredo[1] if address.teredo else None):
+        nat64 = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
+        teredo = address.teredo[1] if address.teredo else None
+        for inner in (address.ipv4_mapped, address.sixtofour, teredo, nat64):
             if inner is not None:
-                return not inner.is_global
+                return is_private(inner)
     return not address.is_global or address.is_multicast
 
 

@@ -21,6 +21,7 @@ import httpx
 
 from weightfs.errors import ConfigError
 from weightfs.sources._connection import Body, BulkConnection, Route
+from weightfs.sources._rules import is_host
 from weightfs.sources._stream import BulkBackend
 
 MAX_CONNECTIONS = 256  # far above what the engine fetches at once: waiting happens there, not in the pool
@@ -165,7 +166,7 @@ def _route(context: ssl.SSLContext, proxy: str | None) -> Route:
         url = httpx.URL(proxy if "://" in proxy else f"http://{proxy}")
     except httpx.InvalidURL:
         url = httpx.URL("invalid://")
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not is_host(url.host):
         raise ConfigError("The proxy setting is not an http:// or https:// URL; correct it or unset it.")
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if url.userinfo:

@@ -212,7 +212,7 @@ def described_by(url: str, headers: httpx.Headers) -> str | None:
     """The Metalink that `Link: <…>; rel=describedby; type="application/metalink4+xml"` names (RFC 6249)."""
     for found in _LINK.finditer(headers.get("link", "")[:_MAX_HEADER]):
         parameters = found[2].lower().replace('"', "").replace(" ", "")
-        relations = re.search(r";rel=([^;]*)", found[2].lower().replace('"', ""))
+        relations = re.search(r";\s*rel\s*=([^;]*)", found[2].lower().replace('"', ""))
         if relations is None or "describedby" not in relations[1].split():
             continue
         if ";type=application/metalink4+xml" in parameters:
