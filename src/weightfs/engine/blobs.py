@@ -41,6 +41,7 @@ class BlobState:
     fetched_bytes: int = 0
     filling: bool = False
     prepared: bool = False
+    doubted: bool = False  # the whole digest differed once: sealing now compares every chunk with its record
     checking: dict[int, trio.Event] = field(default_factory=dict)  # suspect chunks being hashed
     # Digests that a chunk must have where there is no list: proven once, then dropped (store.Cache.required_digests).
     required: dict[int, bytes] = field(default_factory=dict)

@@ -39,13 +39,18 @@ class Hasher:
         """At most `BATCH_BYTES` of `[start, stop)`, at least one chunk."""
         return ChunkSpan(start, min(stop, start + max(1, BATCH_BYTES // state.shape.chunk_length)))
 
-    async def hash(self, state: BlobState, chunks: ChunkSpan, *, running: bool = False) -> wire.Hashed:
-        """Compare durable chunks with their records; with `running`, go on with the blob's running SHA-256.
+    async def hash(
+        self, state: BlobState, chunks: ChunkSpan, *, running: bool = False, compare: bool = True
+    ) -> wire.Hashed:
+        """Hash durable chunks from the disk.
 
+        `compare`: each with its record; `running`: feed the blob's running SHA-256 and go on from its saved state.
         CacheError if the records or the file cannot be read at all.
         """
-        records = await trio.to_thread.run_sync(self._cache.digests, state.id, chunks)
-        digests = "".join(records.get(chunk, b"").hex().rjust(64, wire.UNKNOWN) for chunk in chunks)
+        digests = ""
+        if compare:
+            records = await trio.to_thread.run_sync(self._cache.digests, state.id, chunks)
+            digests = "".join(records.get(chunk, b"").hex().rjust(64, wire.UNKNOWN) for chunk in chunks)
         resume = state.run.state.hex() if running and state.run and chunks.start else ""
         failure: wire.JobFailed | None = None
         for _ in range(TRIES):

@@ -145,10 +145,15 @@ class Holdings:
         if trusted or first >= state.frontier or state.trust is Trust.QUARANTINED:
             return
         state.trust = state.blob.initial_trust
-        state.run = RunState(0, RunningSha256(None, 0).state()) if SAVABLE else None
         self._committer.judged(state.id, state.trust)
-        if state.run:
-            self._committer.progressed(state.id, state.run)
+        state.run = self.restart_hash(state)
+
+    def restart_hash(self, state: BlobState) -> RunState | None:
+        """The running SHA-256 at the beginning; queued for the index."""
+        run = RunState(0, RunningSha256(None, 0).state()) if SAVABLE else None
+        if run:
+            self._committer.progressed(state.id, run)
+        return run
 
     def _required(self, state: BlobState, chunks: list[int]) -> dict[int, bytes]:
         found: dict[int, bytes] = {}

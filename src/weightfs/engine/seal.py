@@ -1,8 +1,10 @@
 """Sealing: the in-order SHA-256 that turns a provisional or attested blob into a verified one.
 
-Rules: only durable chunks are fed, so a saved state is never ahead of the records; a chunk is fed only after it was
-found equal to its wire record, so what differs is the disk's fault, and costs that chunk; if all were equal and the
-whole digest still differs, the origin is at fault, and the blob is quarantined.
+Rules: only durable chunks are fed, so a saved state is never ahead of the records. The bytes are read back from the
+disk, so a match proves what is on the disk. The first pass feeds them without looking at their records, for that would
+hash every byte twice; if the whole then differs, a second pass compares each chunk with its record before it is fed.
+What differs there is the disk's fault, and costs that chunk; if all are equal and the whole still differs, the origin
+is at fault, and the blob is quarantined.
 """
 
 from __future__ import annotations
@@ -91,10 +93,11 @@ class Sealer:
 
     async def _advance(self, state: BlobState, span: ChunkSpan) -> None:
         generation = state.generation
-        answer = await self._hasher.hash(state, span, running=True)
+        answer = await self._hasher.hash(state, span, running=True, compare=state.doubted)
         if state.generation != generation or state.id.raw not in self._queue:
             return  # chunks were taken away meanwhile: what was fed may not be what is there
-        self._holdings.cleared(state, range(span.start, answer.stop))
+        if state.doubted:
+            self._holdings.cleared(state, range(span.start, answer.stop))
         if answer.state and answer.stop > state.frontier:
             state.run = RunState(answer.stop, bytes.fromhex(answer.state))
             self._committer.progressed(state.id, state.run)
@@ -112,7 +115,15 @@ class Sealer:
         expected = state.blob.sha256.hex() if state.blob.sha256 else ""
         if answer.total == expected:
             state.trust = Trust.VERIFIED
+            self._holdings.cleared(state, list(state.suspect))
             log.info("%s is verified: SHA-256 %s", state.ref, expected)
+        elif not state.doubted:
+            log.warning(
+                "the SHA-256 of %s is not the promised one; looking for the chunk that is wrong", state.ref
+            )
+            state.doubted = True
+            state.run = self._holdings.restart_hash(state)
+            return
         else:
             state.trust = Trust.QUARANTINED
             log.error(

@@ -68,10 +68,10 @@ class StopJob:
 
 @dataclass(frozen=True, slots=True)
 class HashJob:
-    """Read chunks `[start, stop)` of the file and compare each with `digests` (hex).
+    """Read chunks `[start, stop)` of the file and compare each with `digests` (hex; empty: compare nothing).
 
     With `running`, also feed them to the running SHA-256 with state `state` (hex; empty: a new one), and stop at the
-    first that differs.
+    first that differs or cannot be read.
     """
 
     job: int
