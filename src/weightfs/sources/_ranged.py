@@ -53,17 +53,25 @@ class _Routes:
         self._finding: dict[str, trio.Event] = {}
 
     async def get(self, url: str, now: float) -> _Route | None:
-        """The remembered route, or None: then the caller finds out, and must call `found` or `lost`."""
-        while True:
-            route = self._known.get(url)
-            if route is not None and route.ends_at > now:
-                self._known.move_to_end(url)
-                return route
-            finding = self._finding.get(url)
-            if finding is None:
-                self._finding[url] = trio.Event()
-                return None
+        """The remembered route, or None: then the caller finds out, and must call `found` or `lost`.
+
+        While somebody finds out, others wait. If that fails they all try for themselves: nobody waits for
+        a row of failures.
+        """
+        finding = None if self._valid(url, now) else self._finding.get(url)
+        if finding is not None:
             await finding.wait()  # bounded: `_find` is
+        route = self._valid(url, now)
+        if route is None:
+            self._finding.setdefault(url, trio.Event())
+        return route
+
+    def _valid(self, url: str, now: float) -> _Route | None:
+        route = self._known.get(url)
+        if route is None or route.ends_at <= now:
+            return None
+        self._known.move_to_end(url)
+        return route
 
     def found(self, url: str, route: _Route) -> None:
         self._known[url] = route
