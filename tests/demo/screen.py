@@ -21,6 +21,7 @@ from rich.table import Table
 POLL_SECONDS = 0.2
 PLAIN_SECONDS = 2.0  # between two lines about progress where there is no terminal
 LOOK_SECONDS = 10.0
+PLAIN_COLUMNS = 100
 MB = 1_000_000
 
 
@@ -50,6 +51,8 @@ class Screen:
     def __init__(self) -> None:
         self.console = Console(highlight=False)
         self._live = self.console.is_terminal
+        if not self._live:
+            self.console.width = PLAIN_COLUMNS
         self._progress = Progress(
             TextColumn("  {task.description:<18}"),
             BarColumn(40),

@@ -27,6 +27,7 @@ WEIGHTFS = Path(sys.executable).with_name("weightfs")
 COMMAND_SECONDS = 60.0
 PROGRAM_SECONDS = 180.0
 POLL_SECONDS = 0.05
+LAST_LINES = 30
 
 GGUF = "tiny-llama.gguf"
 SAFETENSORS = "tiny-llama.safetensors"
@@ -108,6 +109,9 @@ class Stage:
         # A second Ctrl-C must not leave a mount behind.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        if kind is not None and issubclass(kind, Exception) and self.log.exists():
+            lines = self.log.read_text(errors="replace").splitlines()
+            print("the daemon's log ends:", *lines[-LAST_LINES:], sep="\n  ", file=sys.stderr)
         self._ends.close()
 
     def url(self, mirror: int, name: str) -> str:
@@ -170,7 +174,9 @@ class Stage:
     def mount_arguments(self, fill: str, names: Sequence[str] = (GGUF, SAFETENSORS)) -> list[str]:
         """What follows `weightfs mount`."""
         refs = [self.url(0, name) for name in names]
-        options = ["--cache", str(self.cache), "--fill", fill, "--log-file", str(self.log), "--detach"]
+        options = ["--cache", str(self.cache), "--log-file", str(self.log), "--fill", fill, "--detach"]
+        if fill == "never":  # somebody who wants few bytes fetched
+            options += ["--readahead", "4MiB"]
         return [str(self.mountpoint), *refs, *options]
 
     def umount(self) -> None:
