@@ -19,8 +19,9 @@ from typing import Final
 import trio
 
 from weightfs.app import notify, registry
+from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
-from weightfs.app.local import open_local
+from weightfs.app.local import take_over
 from weightfs.control.operations import ProcessInfo
 from weightfs.core.ref import Ref
 from weightfs.core.retry import delay, is_permanent
@@ -70,7 +71,10 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
         except (OSError, MountError) as error:
             log.error("the mount at %s stays behind: %s", order.mountpoint, error)  # one line
 
-    trio.run(partial(run_until_signal, partial(_serve, order, on_ready), last_resort=detach_at_once))
+    try:
+        trio.run(partial(run_until_signal, partial(_serve, order, on_ready), last_resort=detach_at_once))
+    except BaseExceptionGroup as group:
+        raise most_telling(group) from group
     return 0
 
 
@@ -78,7 +82,7 @@ async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -
     info = ProcessInfo("mount", order.cache, order.mountpoint, int(time.time()))
     try:
         async with (
-            open_local(info, order.engine, create=True, serve_control=True) as (engine, _),
+            take_over(info, order.engine) as engine,
             trio.open_nursery() as nursery,
         ):
             mounted = await nursery.start(_mount, order, engine, nursery.cancel_scope)

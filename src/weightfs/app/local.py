@@ -72,6 +72,42 @@ async def _start_control(nursery: trio.Nursery, operations: EngineOperations, ca
 
 
 @contextlib.asynccontextmanager
+async def take_over(
+    info: ProcessInfo, settings: EngineSettings, *, patience: float = BUSY_PATIENCE
+) -> AsyncIterator[Engine]:
+    """An engine on the cache, for a mount. A short command that has it is waited for.
+
+    Raises:
+        CacheBusyError: Another mount has it, or somebody has had it for too long.
+        CacheError: It cannot be opened.
+    """
+    deadline = trio.current_time() + patience
+    while True:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                local = open_local(info, settings, create=True, serve_control=True)
+                engine, _ = await stack.enter_async_context(local)
+            except CacheBusyError as error:
+                if trio.current_time() >= deadline:
+                    raise
+                await _refuse_second_mount(info.cache, error)
+            else:
+                yield engine
+                return
+        await trio.sleep(BUSY_POLL)
+
+
+async def _refuse_second_mount(cache: Path, error: CacheBusyError) -> None:
+    async with find_daemon(cache) as daemon:
+        if daemon is not None and daemon.process["role"] == "mount":
+            raise CacheBusyError(
+                f"the cache {cache} is mounted at {daemon.process['mountpoint']} (pid {daemon.process['pid']}); "
+                "`weightfs pull` adds a ref there, or name another cache with --cache",
+                pid=error.pid,
+            ) from None
+
+
+@contextlib.asynccontextmanager
 async def find_operations(
     root: Path,
     role: str,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import click
 
+from weightfs.app.groups import most_telling
 from weightfs.errors import WeightfsError
 
 CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -104,21 +105,3 @@ def say(text: str) -> None:
 
 def _sentence(text: str) -> str:
     return " ".join(text.split()).removesuffix(".")
-
-
-def most_telling(error: BaseException) -> BaseException:
-    """Out of a group (several tasks can fail at once), the one that says most: ours, then any that is no interrupt."""
-    leaves = list(_leaves(error))
-    for kind in (WeightfsError, Stopped, Exception, BaseException):
-        for leaf in leaves:
-            if isinstance(leaf, kind):
-                return leaf
-    return error
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            yield from _leaves(part)
-    else:
-        yield error

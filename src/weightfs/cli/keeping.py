@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -66,9 +67,7 @@ def verify(ctx: click.Context, /, refs: tuple[str, ...], repair: bool, as_json: 
             for line in report_lines(report):
                 click.echo(line)
     if not result["ok"]:
-        names = [report["ref"] for report in result["reports"] if not report["ok"]]
-        way_out = "remove it and pull it again" if repair else "run verify with --repair"
-        raise IntegrityError(f"what is cached of {', '.join(names)} is not what was recorded; {way_out}")
+        raise IntegrityError(verdict(result["reports"], repair=repair))
     return 0
 
 
@@ -96,6 +95,16 @@ async def _verify(operations: Operations, refs: list[Ref], progress: Progress, *
         raise DaemonError("somebody cancelled the verification; run the command again")
     result: Document = job["result"]
     return result
+
+
+def verdict(reports: Sequence[Document], *, repair: bool) -> str:
+    """One sentence about the refs that are not as they should be, with the way out."""
+    wrong = [report["ref"] for report in reports if report["quarantined"]]
+    if wrong:
+        return f"{', '.join(wrong)}: not what was promised; remove it with `weightfs rm`, and pull it from elsewhere"
+    damaged = [report["ref"] for report in reports if not report["ok"]]
+    way_out = "remove it and pull it again" if repair else "run verify with --repair"
+    return f"what is cached of {', '.join(damaged)} is not what was recorded; {way_out}"
 
 
 def report_lines(report: Document) -> list[str]:

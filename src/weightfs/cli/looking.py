@@ -87,33 +87,32 @@ def status_lines(document: Document) -> list[str]:
     """The status for people."""
     from weightfs.units import format_duration, format_size
 
-    engine = document["engine"]
     if document["role"] == "mount":
-        head = f"serving {document['mountpoint']} (pid {document['pid']}, for {format_duration(engine['uptime'])})"
+        head = f"serving {document['mountpoint']} (pid {document['pid']}, for {format_duration(document['uptime'])})"
     elif document["role"] == "status":
         head = "idle: no daemon has this cache"
     else:
         head = f"weightfs {document['role']} is at work (pid {document['pid']})"
-    held = f"{format_size(engine['cache_bytes'])} in {len(document['refs'])} refs"
-    lines = [head, f"cache {document['cache']}: {held}, {format_size(engine['free_bytes'])} free"]
-    if engine["fetched_bytes"]:
-        lines.append(f"fetched {format_size(engine['fetched_bytes'])} since the start")
+    held = f"{format_size(document['cache_bytes'])} in {len(document['refs'])} refs"
+    lines = [head, f"cache {document['cache']}: {held}, {format_size(document['free_bytes'])} free"]
+    if document["fetched_bytes"]:
+        lines.append(f"fetched {format_size(document['fetched_bytes'])} since the start")
     for count, text in (
-        (engine["mismatched_chunks"], "chunks did not match their list and were fetched elsewhere"),
-        (engine["disk_faults"], "chunks that the disk did not keep"),
+        (document["mismatched_chunks"], "chunks did not match their list and were fetched elsewhere"),
+        (document["disk_faults"], "chunks that the disk did not keep"),
     ):
         if count:
             lines.append(f"warning: {count} {text}")
-    if engine["trouble"]:
-        lines.append(f"trouble: {engine['trouble']}")
+    if document["trouble"]:
+        lines.append(f"trouble: {document['trouble']}")
     lines.append("")
     rows = [
         (ref["trust"], format_size(ref["size_bytes"]), _share(ref), ref["ref"]) for ref in document["refs"]
     ]
     lines += aligned([("TRUST", "SIZE", "HERE", "REF"), *rows], right=(1, 2)) if rows else ["no refs"]
-    for ref in engine["refs"]:
+    for ref in document["refs"]:
         lines += [f"  {line}" for file in ref["files"] for line in _file_lines(file)]
-    for job in engine["jobs"]:
+    for job in document["jobs"]:
         lines.append(
             f"  in flight: chunks {job['first_chunk']} to {job['last_chunk']} from {job['mirror']}, "
             f"{format_size(job['bytes_left'])} left, for {format_duration(job['age'])} ({job['priority']})"

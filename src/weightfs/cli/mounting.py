@@ -18,6 +18,7 @@ from weightfs.cli.options import (
     parse_refs,
     set_up_logging,
 )
+from weightfs.errors import UsageError
 
 if TYPE_CHECKING:
     from weightfs.app.daemon import MountOrder
@@ -59,7 +60,7 @@ def mount(ctx: click.Context, /, mountpoint: str, refs: tuple[str, ...], detach:
     a new one is asked for as soon as the mount is up. Stays in the foreground until Ctrl-C, SIGTERM or
     `weightfs umount`, unless --detach is given.
     """
-    config = load_config(ctx, log=not detach)
+    config = load_config(ctx, level="info", log=not detach)
     order = _order(ctx, config, mountpoint, refs)
     if detach:
         return _detach(config, order)
@@ -81,8 +82,13 @@ def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str,
     parsed = parse_refs((*config.refs, *refs))
     check_chunks(chunks, len(parsed))
     fetch = fetch_settings(config, chunks=chunks)
+    place = Path(os.path.abspath(Path(mountpoint).expanduser()))  # noqa: PTH100  # a dead mount blocks resolve()
+    for inner, outer in ((config.cache, place), (place, config.cache)):
+        if inner.is_relative_to(outer):
+            # Opening a cache file would be a request to ourselves.
+            raise UsageError(f"{inner} is inside {outer}; keep the cache and the mount point apart")
     return MountOrder(
-        mountpoint=Path(os.path.abspath(Path(mountpoint).expanduser())),  # noqa: PTH100  # a dead mount blocks resolve()
+        mountpoint=place,
         cache=config.cache,
         refs=tuple(parsed),
         engine=engine_settings(config, fetch, mounted=True),

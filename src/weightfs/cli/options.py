@@ -18,6 +18,7 @@ from weightfs.errors import RefError, UsageError
 if TYPE_CHECKING:
     from weightfs.config import Config
     from weightfs.core.ref import Ref
+    from weightfs.logs import LogLevel
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,7 +57,7 @@ verbose_option = click.option(
 cache_options = _stack(
     click.option("--cache", metavar="DIR", help="Cache directory.  [default: ~/.cache/weightfs]"),
     click.option("--config", metavar="FILE", help="Configuration file."),
-    click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [default: info]"),
+    click.option("--log-level", metavar="LEVEL", help="debug, info, warning, error.  [default: warning; mount: info]"),
     click.option("--log-json/--no-log-json", default=None, help="Log lines as JSON objects."),
     click.option("--log-file", metavar="FILE", help="Log to a file instead of stderr."),
     verbose_option,
@@ -82,7 +83,7 @@ fetch_options = _stack(
     ),
     click.option("--chunks", metavar="FILE|URL", help="Where the .meta4 is, if not beside the file."),
     click.option(
-        "--trusted-key", metavar="KEY|FILE", multiple=True, help="Minisign key that may sign chunk lists."
+        "--trusted-key", metavar="KEY|FILE", multiple=True, help="Minisign key that signs chunk lists."
     ),
     click.option("--policy", metavar="POLICY", help="strict, provisional or hold.  [default: provisional]"),
     click.option(
@@ -110,14 +111,14 @@ def given_settings(ctx: click.Context) -> dict[str, Any]:
     return settings
 
 
-def load_config(ctx: click.Context, *, log: bool = True) -> Config:
-    """The configuration of this command; with `log`, logging is set up by it. ConfigError."""
+def load_config(ctx: click.Context, *, level: LogLevel = "warning", log: bool = True) -> Config:
+    """The configuration of this command, logging from `level` on by default; with `log`, it is set up. ConfigError."""
     from weightfs.config import load
 
     file = ctx.params.get("config")
     config = load(given_settings(ctx), file=None if file is None else Path(file).expanduser())
-    if is_verbose(ctx):
-        config = config.model_copy(update={"log_level": "debug"})
+    chosen: LogLevel = "debug" if is_verbose(ctx) else config.log_level or level
+    config = config.model_copy(update={"log_level": chosen})
     if log:
         set_up_logging(config)
     return config
@@ -135,7 +136,7 @@ def set_up_logging(config: Config, file: Path | None = None) -> None:
 
     file = file or config.log_file
     try:
-        logs.set_up(config.log_level, as_json=config.log_json, file=file)
+        logs.set_up(config.log_level or "warning", as_json=config.log_json, file=file)
     except OSError as error:
         raise UsageError(f"the log file {file} cannot be written: {error.strerror}; name another") from None
 

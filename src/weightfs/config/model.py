@@ -113,7 +113,7 @@ class Config(Section):
     header: tuple[HeaderRule, ...] = Field(default=(), max_length=64)
     mirror: tuple[MirrorRule, ...] = Field(default=(), max_length=64)
     # logging
-    log_level: LogLevel = "info"
+    log_level: LogLevel | None = None  # a mount says more than a command
     log_json: bool = False
     log_file: HostPath | None = None
 

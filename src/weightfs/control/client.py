@@ -93,7 +93,12 @@ async def find_daemon(cache: Path) -> AsyncIterator[ControlClient | None]:
         transport = httpx.AsyncHTTPTransport(uds=address, retries=0)
         limits = httpx.Timeout(ANSWER_TIMEOUT, connect=CONNECT_TIMEOUT)
         async with httpx.AsyncClient(
-            transport=transport, base_url="http://weightfs", timeout=limits, trust_env=False
+            transport=transport,
+            base_url="http://weightfs",
+            timeout=limits,
+            trust_env=False,
+            # A kept connection could be closed by the daemon at the moment when the next request is sent.
+            headers={"Connection": "close"},
         ) as http:
             try:
                 process = await _ask(http, cache, "GET", "/v1/health")
@@ -121,12 +126,7 @@ async def _ask(
     limits = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT)
     try:
         async with http.stream(method, path, content=content, timeout=limits) as response:
-            data = bytearray()
-            async for piece in response.aiter_bytes():
-                data += piece
-                if len(data) > MAX_ANSWER:
-                    raise DaemonError(f"the daemon on {cache} sent an answer over {MAX_ANSWER} bytes")
-            answer = _parse(bytes(data))
+            answer = _parse(await _read(response, cache))
             if response.is_success and isinstance(answer, dict):
                 return answer
             raise error_from_json(answer)
@@ -142,6 +142,16 @@ async def _ask(
         raise DaemonGoneError(
             f"the daemon on {cache} ended before it answered ({type(error).__name__}); run the command again"
         ) from None
+
+
+async def _read(response: httpx.Response, cache: Path) -> bytes:
+    data = bytearray()
+    async for piece in response.aiter_bytes():
+        if len(data) <= MAX_ANSWER:
+            data += piece
+    if len(data) > MAX_ANSWER:
+        raise DaemonError(f"the daemon on {cache} sent an answer over {MAX_ANSWER} bytes")
+    return bytes(data)
 
 
 def _parse(data: bytes) -> Any:

@@ -21,6 +21,9 @@ from weightfs.errors import FailureKind, RefError, SourceError
 # Resolving retries by itself; this bounds the sum, so that no request to the daemon waits for ever.
 ADD_BOUND: Final = 300.0  # seconds
 
+# What `status` says of a ref as a whole, beside the engine's word on each of its files.
+_SUMS: Final = ("size_bytes", "present_bytes", "complete", "trust")
+
 _WEAKEST_FIRST: Final = (
     Trust.QUARANTINED,
     Trust.UNVERIFIABLE,
@@ -61,8 +64,10 @@ class EngineOperations:
 
     async def status(self) -> Document:
         """Everything."""
-        engine = to_json(self._engine.status())
-        return {**await self.health(), "refs": await self.refs(), "engine": engine}
+        document: Document = {**to_json(self._engine.status()), **await self.health()}
+        sums = {ref["ref"]: {key: ref[key] for key in _SUMS} for ref in await self.refs()}
+        document["refs"] = [{**ref, **sums.get(ref["ref"], {})} for ref in document["refs"]]
+        return document
 
     async def refs(self) -> list[Document]:
         """The refs, each with its blobs."""

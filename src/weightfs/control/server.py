@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -33,6 +34,8 @@ from weightfs.control.ports import Document, Operations
 from weightfs.errors import DaemonError, SourceError, UsageError, WeightfsError
 
 MAX_BODY: Final = 64 * 1024
+# Hypercorn keeps a connection for so long even after its peer has gone; our own client closes after each answer.
+IDLE: Final = 1.0  # seconds
 MAX_REFS_IN_BODY: Final = 1000
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,7 @@ def _connection_handler(
     config.accesslog = None
     config.errorlog = logging.getLogger("weightfs.control.http")
     config.include_server_header = False
+    config.keep_alive_timeout = IDLE
     app = ASGIWrapper(cast("ASGIFramework", make_app(operations)))
     context = WorkerContext(None)
 
@@ -172,10 +176,11 @@ async def _no_route(request: Request, _: Exception) -> Response:
 
 async def _body(request: Request) -> dict[str, Any]:
     data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > MAX_BODY:
-            raise UsageError(f"the request has over {MAX_BODY} bytes; send fewer refs at a time")
+    async with contextlib.aclosing(request.stream()) as pieces:
+        async for piece in pieces:
+            data += piece
+            if len(data) > MAX_BODY:
+                raise UsageError(f"the request has over {MAX_BODY} bytes; send fewer refs at a time")
     try:
         body = json.loads(bytes(data))
     except (ValueError, RecursionError):

@@ -1,0 +1,143 @@
+"""An engine for the control socket: refs in memory, and work that ends when the test says so."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from weightfs.control.operations import EngineOperations, ProcessInfo
+from weightfs.core.geometry import BlobShape
+from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror, Trust
+from weightfs.core.ref import Ref, tree_of
+
+
+@dataclass(slots=True)
+class FakeStored:
+    """`control.ports.StoredRefLike`."""
+
+    manifest: Manifest
+    added_at: int = 1_700_000_000
+    previous: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class FakeBlobStatus:
+    """`control.ports.BlobStatusLike`."""
+
+    size: int
+    present_bytes: int = 0
+    trust: str = Trust.PROVISIONAL
+    complete: bool = False
+    sha256: str = ""
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FakeReport:
+    """`control.ports.VerifyReportLike`."""
+
+    checked_chunks: int = 1
+    checked_bytes: int = 10
+    bad: tuple[tuple[str, int], ...] = ()
+    repaired: int = 0
+    quarantined: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """As the engine's."""
+        return len(self.bad) == self.repaired and not self.quarantined
+
+
+@dataclass(frozen=True, slots=True)
+class FakeProgress:
+    """`engine.status.VerifyProgress`."""
+
+    ref: str
+    done: int
+    total: int
+
+
+@dataclass(slots=True)
+class FakeControlEngine:
+    """`control.ports.EngineLike`. Set `error` to make the next call fail, `gate` to make long work wait."""
+
+    size: int = 1000
+    stored: dict[str, FakeStored] = field(default_factory=dict)
+    blobs: dict[BlobId, FakeBlobStatus] = field(default_factory=dict)
+    error: Exception | None = None
+    gate: trio.Event = field(default_factory=trio.Event)
+    report: FakeReport = field(default_factory=FakeReport)
+    padding: str = ""  # makes the status as large as a test wants it
+    refreshed: list[bool] = field(default_factory=list)
+
+    def _fail(self) -> None:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    async def add(self, ref: Ref, *, refresh: bool = False) -> Manifest:
+        """Pin a made-up blob."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        self.refreshed.append(refresh)
+        tree, name = tree_of(ref)
+        digest = hashlib.sha256(str(ref).encode()).digest()
+        blob = Blob(BlobId.of_digest(digest), BlobShape.of(self.size), digest, (Mirror(ref.url),))
+        manifest = Manifest(str(ref), "1", tree, (Entry(name, blob),))
+        self.stored[str(ref)] = FakeStored(manifest)
+        self.blobs[blob.id] = FakeBlobStatus(self.size, sha256=digest.hex(), sources=(ref.url,))
+        return manifest
+
+    async def remove(self, ref_text: str) -> int:
+        """Forget."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        del self.stored[ref_text]
+        return self.size
+
+    def refs(self) -> list[FakeStored]:
+        """What was added."""
+        return list(self.stored.values())
+
+    def blob_status(self, blob_id: BlobId) -> FakeBlobStatus:
+        """Of one blob."""
+        return self.blobs[blob_id]
+
+    async def complete(self, ref_text: str) -> None:
+        """Wait for the gate, then be verified."""
+        self._fail()
+        blob = self.stored[ref_text].manifest.entries[0].blob
+        self.blobs[blob.id].present_bytes = self.size // 2
+        await self.gate.wait()
+        self._fail()
+        self.blobs[blob.id] = FakeBlobStatus(self.size, self.size, Trust.VERIFIED, complete=True)
+
+    async def verify(self, ref_text: str, *, repair: bool, on_progress: Callable[[Any], None]) -> FakeReport:
+        """Wait for the gate, then report."""
+        del repair  # the report is the test's
+        on_progress(FakeProgress(ref_text, 1, 2))
+        await self.gate.wait()
+        self._fail()
+        return self.report
+
+    def status(self) -> dict[str, Any]:
+        """A small part of the engine's."""
+        self._fail()
+        refs = [{"ref": name, "files": []} for name in self.stored]
+        return {"uptime": float("inf"), "refs": refs, "jobs": [], "padding": self.padding}
+
+
+@contextlib.asynccontextmanager
+async def fake_operations(cache: Path) -> AsyncIterator[tuple[FakeControlEngine, EngineOperations]]:
+    """The real operations over a fake engine."""
+    engine = FakeControlEngine()
+    async with trio.open_nursery() as nursery:
+        info = ProcessInfo("mount", cache, Path("/mnt/models"), 1_700_000_000)
+        yield engine, EngineOperations(engine, info, nursery)
+        nursery.cancel_scope.cancel()
