@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from weightfs.errors import MountError
 from weightfs.mount import mounttable, session
 from weightfs.mount.mounttable import Health, mounts_at, probe, unmount
 from weightfs.mount.session import MountOptions, connect
+from weightfs.testing.fake_engine import pattern
 from weightfs.testing.mounts import FakeMount, can_mount, fusectl, until
 
 pytestmark = pytest.mark.mount
@@ -152,6 +154,15 @@ def test_an_ordinary_user_is_told_what_allow_other_needs(place: Path) -> None:
         pytest.skip("needs /dev/fuse and CAP_SYS_ADMIN")
     with FakeMount(place, A, ordinary_user=True, options={"allow_other": True}) as server:
         assert "user_allow_other" in str(server.ended()["error"])
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_other_users_are_let_in_by_allow_other_alone(start: Start, allowed: bool) -> None:
+    server = start(A, options={"allow_other": allowed})
+    other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat", str(server.path("a"))]
+    told = subprocess.run(other, capture_output=True, timeout=60, check=False)
+    assert told.stdout == (pattern("a", 0, 70_000) if allowed else b"")
+    assert (b"Permission denied" in told.stderr) is not allowed
 
 
 def test_two_mounts_one_after_the_other_in_one_process(start: Start, place: Path) -> None:

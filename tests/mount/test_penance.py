@@ -38,7 +38,9 @@ def test_what_is_asked_during_the_hold_is_answered_from_memory_and_held_too() ->
 
 def test_readers_that_fail_together_are_one_failure() -> None:
     penance = Penance()
-    assert {penance.failed(1, PAGE, errno.EIO, 0.0).failures for _ in range(50)} == {1}
+    together = [penance.failed(1, PAGE, errno.EIO, 0.0) for _ in range(50)]
+    assert {sentence.failures for sentence in together} == {1}
+    assert [sentence.news for sentence in together] == [True] + [False] * 49
     assert penance.failed(1, PAGE, errno.EIO, 1.0).failures == 2
 
 

@@ -16,26 +16,17 @@ pytestmark = pytest.mark.mount
 Start = Callable[..., FakeMount]
 GIB = 1 << 30
 
-# Threads that each read 4 KiB at its own place: 4 MiB apart, so that read-ahead merges nothing.
+# Threads that each read 4 KiB at its own place, 4 MiB apart. With O_DIRECT these are background requests for the
+# kernel, like read-ahead and unlike single pages (Linux 6.18): only they count against max_background.
 BLOCKED = """
-count, faults = int(sys.argv[2]), sys.argv[3] == 'faults'
-fd = os.open(at('held'), os.O_RDONLY)
-if faults:  # the kernel does not count these as background requests
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    size = 8 << 30
-    base = libc.mmap(None, ctypes.c_size_t(size), mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_long(0))
-    assert libc.madvise(ctypes.c_void_p(base), ctypes.c_size_t(size), mmap.MADV_RANDOM) == 0
+count, direct = int(sys.argv[2]), sys.argv[3] == 'direct'
+fd = os.open(at('held'), os.O_RDONLY | (os.O_DIRECT if direct else 0))
 codes = []
 def work(number):
-    start = number * (4 << 20) + faults * (1 << 20)
-    if faults:
-        where = ctypes.c_void_p(base + start)
-        codes.append(libc.madvise(where, ctypes.c_size_t(4096), 22))  # MADV_POPULATE_READ: faults, without the GIL
-        data = ctypes.string_at(where, 4096)
-    else:
-        data = os.pread(fd, 4096, start)
-    codes.append(0 if data == pattern('held', start, start + 4096) else -1)
+    start = number * (4 << 20) + direct * (1 << 20)
+    buffer = mmap.mmap(-1, 4096)
+    assert os.preadv(fd, [buffer], start) == 4096
+    codes.append(0 if buffer[:] == pattern('held', start, start + 4096) else -1)
 threading.stack_size(1 << 17)
 threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
 for thread in threads: thread.start()
@@ -56,15 +47,15 @@ def test_hundreds_of_blocked_reads_stop_nobody_else(start: Start) -> None:
     """The kernel's default of 12 background requests, or pyfuse3's of 99 tasks, would stop all of this."""
     server = start({"held": 8 * GIB, "other": 50_000_000})
     server.call("hold", name="held")
-    buffered = server.start(BLOCKED, 450, "buffered")
-    until(lambda: server.call("stats")["waiting"] >= 400, "the buffered reads block")
+    direct = server.start(BLOCKED, 400, "direct")
+    until(lambda: server.call("stats")["waiting"] >= 400, "the background requests block")
     server.run(OTHERS_GO_ON)
-    faulting = server.start(BLOCKED, 700, "faults")
-    until(lambda: server.call("stats")["waiting"] >= 1100, "the faults block")
+    buffered = server.start(BLOCKED, 700, "buffered")
+    until(lambda: server.call("stats")["waiting"] >= 1100, "the single pages block")
     server.run(OTHERS_GO_ON)
     assert server.call("stats")["in_flight"] >= 1100
     server.call("let_go", name="held")
-    assert server.finish(buffered) == server.finish(faulting) == "[0]"
+    assert server.finish(buffered) == server.finish(direct) == "[0]"
     assert server.call("stats")["in_flight"] == 0
 
 
@@ -132,19 +123,19 @@ def test_each_failure_reaches_the_reader_in_its_own_way(start: Start) -> None:
 def test_150_killed_readers_never_freeze_the_server(start: Start) -> None:
     """A withdrawn request must not leave pyfuse3 in a read of /dev/fuse, with the GIL held, while nobody asks more.
 
-    The proof that it is not is its answer on a way that does not lead through the mount.
+    The proof that it is not is its answer on a way that does not lead through the mount. Its loop is kept busy, so that
+    there is time between epoll's word and the read. (Read-ahead is background work and never withdrawn; questions
+    that are not sent yet are: here, one for an extended attribute.)
     """
-    server = start({"held": 8 * GIB, "other": 50_000_000})
-    server.call("hold", name="held")
+    server = start({"other": 50_000_000})
+    server.call("busy", seconds=0.002)
     killer = server.start(
         """
-fd = os.open(at('held'), os.O_RDONLY)
+fd = os.open(at('other'), os.O_RDONLY)
 for number in range(int(sys.argv[2])):
     child = os.fork()
-    if not child:
-        os.pread(fd, 4096, number * (4 << 20))
-        os._exit(1)
-    time.sleep((number % 16) * 0.0002)
+    while not child: os.getxattr(fd, 'user.weightfs.state')
+    time.sleep(0.001 + number % 16 * 0.0003)
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     print(number, flush=True)
@@ -164,10 +155,9 @@ for number in range(int(sys.argv[2])):
         killer.stdin.write("\n")
         killer.stdin.flush()
     server.finish(killer)
+    server.call("busy", seconds=0)
     until(lambda: server.call("stats")["beats"] > beats + 10, "the heart beats")
     server.run(OTHERS_GO_ON)
-    server.call("let_go", name="held")
-    until(lambda: server.call("stats")["in_flight"] == 0, "nothing is left")
     assert server.call("stats")["internal_errors"] == 0
     assert "fuse_reply" not in server.log
 

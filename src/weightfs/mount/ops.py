@@ -3,7 +3,8 @@
 Rules: nothing but FUSEError leaves a handler (anything else would end pyfuse3's loop and with it the mount).
 Only `read` waits. `open` never fails for reasons of data. A handle's number is its inode's, so that it can be
 told again after a restart, and what is open stays readable when its name is gone. Inodes never change
-content: `keep_cache`.
+content: `keep_cache`. What is left out (flush, fsync, poll …) pyfuse3 answers ENOSYS, once: the kernel then
+does without it for good.
 """
 
 from __future__ import annotations
@@ -226,10 +227,6 @@ class WeightOperations(pyfuse3.Operations):
         self._engine.released(held.node.blob.id)
 
     @_guarded
-    async def flush(self, fh: FileHandleT) -> None:
-        """Nothing is ever dirty."""
-
-    @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Bytes [off, off + size), clipped at the end; a failing answer is held back (see `penance`)."""
         node = self._node(fh)
@@ -271,7 +268,7 @@ class WeightOperations(pyfuse3.Operations):
         where = f"bytes [{span.start}, {span.stop}) of blob {node.blob.id}"
         if not isinstance(error, ReadError):
             _log.error("A read of %s met an unforeseen error", where, exc_info=error)
-        elif not self._stopping.is_set():
+        elif sentence.news and not self._stopping.is_set():
             _log.warning("A read of %s failed (%d in a row): %s", where, sentence.failures, error)
         return sentence
 
@@ -313,14 +310,6 @@ class WeightOperations(pyfuse3.Operations):
     async def listxattr(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """Those that the file has."""
         return [name.encode() for name in self._xattrs(self._node(inode))]
-
-    @_guarded
-    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        """Nothing is ever dirty."""
-
-    @_guarded
-    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        """Nothing is ever dirty."""
 
     # --- helpers
 

@@ -21,11 +21,12 @@ SLOTS = 512
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """Answer `errno`, after `hold` seconds; `failures` in a row so far."""
+    """Answer `errno`, after `hold` seconds; `failures` in a row so far. `news`: nobody was told of this one yet."""
 
     errno: int
     hold: float
     failures: int
+    news: bool = False
 
 
 @dataclass(slots=True)
@@ -78,9 +79,10 @@ class Penance:
         self._expire(now)
         key = (ino, span.start, span.stop)
         record = self._records.pop(key, None)
+        news = record is None or now >= record.until
         if record is None:
             record = _Record(span, whole, errno, 1, now + self._base)
-        elif now >= record.until:  # many readers that fail together are one failure
+        elif news:  # many readers that fail together are one failure
             record.failures += 1
             record.until = now + min(self._cap, self._base * 2.0 ** min(record.failures - 1, 30))
         record.errno = errno
@@ -88,7 +90,7 @@ class Penance:
         self._records[key] = record
         while len(self._records) > self._slots:
             self._records.popitem(last=False)
-        return Sentence(errno, max(record.until - now, self._base), record.failures)
+        return Sentence(errno, max(record.until - now, self._base), record.failures, news)
 
     def forgive(self, ino: int, span: ByteSpan) -> None:
         """Bytes of `span` were read: forget the failures that this disproves."""

@@ -295,6 +295,7 @@ class _Server:
         self.engine = FakeEngine()
         self.stats = MountStats()
         self.beats = 0
+        self.busy = 0.0
 
     async def main(self) -> int:
         """Serve as many rounds as wanted; the last word is how the last one ended."""
@@ -345,7 +346,8 @@ class _Server:
         import trio
 
         while True:
-            await trio.sleep(0.01)
+            await trio.sleep(0 if self.busy else 0.01)
+            time.sleep(self.busy)  # noqa: ASYNC251 - blocks the loop: that is what it is for
             self.beats += 1
 
     async def _listen(self) -> None:
@@ -366,7 +368,7 @@ class _Server:
                         _say({"failed": repr(error)})
 
     def command(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """`stats`, a method of the engine (`add`, `remove`, `hold`, `let_go`, `fail`), or `set` (fields of a file)."""
+        """`stats`; a method of the engine; `set` (fields of a file); `busy` (how long each heartbeat blocks)."""
         from weightfs.errors import FailureKind
 
         match do:
@@ -379,6 +381,8 @@ class _Server:
                     file.error = RuntimeError(bug) if bug else None
                 for name, value in arguments.items():
                     setattr(file, name, value)
+            case "busy":
+                self.busy = arguments["seconds"]
             case "fail":
                 kind = arguments["kind"]
                 chunk = arguments.get("chunk", -1)
