@@ -15,7 +15,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -33,6 +35,7 @@ from weightfs.sources.base import FetchSettings, Source
 LANDINGS_PER_JOB = 2  # one chunk is hashed and written while the next one arrives
 LANDING_THREADS = 8
 HEARTBEAT_SECONDS = 5.0
+NICENESS = 10
 PR_SET_PDEATHSIG = 1
 
 Send = Callable[[wire.FromWorker], Awaitable[None]]
@@ -63,6 +66,41 @@ class _Buffers:
                 if (len(self._free[len(buffer)]) + 1) * len(buffer) <= self._limit:
                     self._free[len(buffer)].append(buffer)
                 self._changed.notify_all()
+
+
+class _PatientThread:
+    """One thread that yields the processor to everybody else: what is hashed again can wait, readers and fetches not.
+
+    A thread of its own, because Linux keeps niceness per thread and an ordinary user cannot take it back.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "hash", initializer=self._yield)
+
+    @staticmethod
+    def _yield() -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+    async def run(self, function: Callable[[wire.HashJob], wire.Hashed], job: wire.HashJob) -> wire.Hashed:
+        """Call it there. A cancelled call is taken back if it has not begun, and is left to end if it has."""
+        token, done = trio.lowlevel.current_trio_token(), trio.Event()
+        future = self._pool.submit(function, job)
+        future.add_done_callback(lambda _: _tell(token, done))
+        try:
+            await done.wait()
+        finally:
+            future.cancel()
+        return future.result()
+
+    def close(self) -> None:
+        """Take no more calls; does not wait."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _tell(token: trio.lowlevel.TrioToken, done: trio.Event) -> None:
+    with contextlib.suppress(trio.RunFinishedError):
+        token.run_sync_soon(done.set)
 
 
 @dataclass(slots=True)
@@ -109,7 +147,7 @@ class Worker:
         self._jobs: dict[int, _Running] = {}
         self._sources: dict[str, Source] = {}
         self._threads = trio.CapacityLimiter(LANDING_THREADS)
-        self._hash_thread = trio.CapacityLimiter(1)
+        self._patient = _PatientThread()
 
     async def run(self, messages: AsyncIterator[wire.Message]) -> None:
         """Until `messages` ends; then all jobs are dropped."""
@@ -119,6 +157,7 @@ class Worker:
                     await self._dispatch(message, nursery)
                 nursery.cancel_scope.cancel()
         finally:
+            self._patient.close()
             with trio.move_on_after(1, shield=True):
                 for source in self._sources.values():
                     await source.aclose()
@@ -247,9 +286,7 @@ class Worker:
 
     async def _hash(self, job: wire.HashJob) -> None:
         try:
-            answer: wire.FromWorker = await trio.to_thread.run_sync(
-                hash_chunks, job, limiter=self._hash_thread
-            )
+            answer: wire.FromWorker = await self._patient.run(hash_chunks, job)
         except OSError as error:
             answer = _disk_failure(job.job, error)
         await self._send(answer)
