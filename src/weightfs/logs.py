@@ -31,7 +31,7 @@ LOG_FILE_BYTES: Final = 10 * 1024 * 1024  # of each of the two files that a deta
 _URL = re.compile(r"\b(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]{1,15})://(?P<rest>[^\s'\"<>]+)")
 _NAMED = re.compile(
     r"(?i)(?P<name>\b(?:proxy-)?authorization|\bx-api-key|\bapi[-_]key|\bset-cookie|\bcookie|\bpassword|\bsecret|\btoken)"
-    r"(?P<sep>b?['\"]?\s*[:=,]\s*b?['\"]?)(?P<value>[^'\",;\r\n)\]}]+)"
+    r"(?P<sep>['\"]?\s*[:=,]\s*(?-i:b(?=['\"]))?['\"]?)(?P<value>[^'\",;\r\n)\]}]+)"
 )
 _SCHEME_TOKEN = re.compile(r"(?i)\b(?P<kind>bearer|basic)\s+[a-z0-9._~+/=-]{6,}")
 

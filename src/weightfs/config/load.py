@@ -74,7 +74,10 @@ def load(
     for place, values in layers:
         layer = check(values, place)
         merged.update({name: getattr(layer, name) for name in layer.model_fields_set})
-    merged["cache"] = Path.cwd() / merged["cache"]
+    # A daemon that detaches leaves the directory that relative paths belong to.
+    merged = {
+        name: Path.cwd() / value if isinstance(value, Path) else value for name, value in merged.items()
+    }
     return Config().model_copy(update=merged)
 
 
@@ -133,7 +136,9 @@ def check(values: Mapping[str, Any], place: str) -> Config:
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        found = error.errors(include_url=False, include_input=False)
+        # A misspelt key is often the cause of what else is wrong in its table.
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
         location = list(first["loc"])
         raise ConfigError(_sentence(first["type"], str(first["msg"]), location, place)) from None
 
