@@ -17,6 +17,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 POLL_SECONDS = 0.2
 PLAIN_SECONDS = 2.0  # between two lines about progress where there is no terminal
@@ -99,8 +100,8 @@ class Screen:
 
     def claim(self, holds: bool, text: str) -> None:
         """State something and whether it is so. ClaimFailed if not."""
-        self.console.print("  [green]✓[/]" if holds else "  [bold red]✗[/]", end=" ")
-        self.console.print(text, markup=False, soft_wrap=True)
+        mark = ("✓ ", "green") if holds else ("✗ ", "bold red")
+        self.console.print(Text.assemble("  ", mark, text), soft_wrap=True)
         if not holds:
             raise ClaimFailed(text)
 
