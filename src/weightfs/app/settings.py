@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from weightfs.config import Config
+from weightfs.core.mirror_rules import PrefixRule
 from weightfs.core.plan import Limits
 from weightfs.engine.settings import EngineSettings, FillMode, default_workers
 from weightfs.errors import UsageError
@@ -63,6 +64,7 @@ def engine_settings(
     return EngineSettings(
         fetch=fetch,
         limits=limits,
+        mirrors=tuple(PrefixRule(rule.prefix, rule.url, rule.priority) for rule in config.mirror),
         workers=default_workers() if config.workers is None else config.workers,
         fill=FillMode(config.fill) if fill is None else fill,
         policy=config.policy,

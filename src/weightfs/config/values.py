@@ -124,6 +124,9 @@ def _url(value: str) -> str:
         or not value.isprintable()
     ):
         raise ValueError(f"{value.partition('?')[0]!r} is not an http:// or https:// URL")
+    if "/" not in rest or "?" in rest:
+        # Without the slash, a prefix would match other hosts whose names begin alike.
+        raise ValueError(f"{value.partition('?')[0]!r} needs a slash after the host, and no query")
     return value
 
 

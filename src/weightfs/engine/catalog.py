@@ -10,6 +10,7 @@ import time
 import trio
 
 from weightfs.core.manifest import Blob, BlobId, Manifest, Mirror, Policy
+from weightfs.core.mirror_rules import with_twins
 from weightfs.core.readahead import ReadAhead
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.settings import EngineSettings
@@ -82,11 +83,11 @@ class Catalog:
     def _note(self, blob: Blob, stored: StoredRef, recalled: _Recalled) -> BlobState:
         known = self._states.get(blob.id)
         if known is not None:
-            known.blob = known.blob.with_mirrors(_joined(known.blob.mirrors, blob.mirrors))
+            known.blob = self._placed(known.blob, blob)
             return known
         kept, progress = recalled
         state = BlobState(
-            blob=kept.with_mirrors(_joined(kept.mirrors, blob.mirrors)),
+            blob=self._placed(kept, blob),
             ref=stored.manifest.ref,
             path=self._cache.path(blob.id),
             present=progress.present,
@@ -101,6 +102,10 @@ class Catalog:
         )
         self._states[blob.id] = state
         return state
+
+    def _placed(self, blob: Blob, also: Blob) -> Blob:
+        """`blob`, to be had where both are, and where the configuration has twins of these places."""
+        return with_twins(blob.with_mirrors(_joined(blob.mirrors, also.mirrors)), self._settings.mirrors)
 
     async def remove(self, ref: str) -> list[BlobState]:
         """Unpin; the states of blobs that no ref names any more. KeyError if it is not pinned."""

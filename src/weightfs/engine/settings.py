@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from weightfs.core.geometry import MIB
 from weightfs.core.manifest import Policy
+from weightfs.core.mirror_rules import PrefixRule
 from weightfs.core.plan import Limits
 from weightfs.sources.base import FetchSettings
 
@@ -31,6 +32,7 @@ class EngineSettings:
 
     fetch: FetchSettings = field(default_factory=FetchSettings)
     limits: Limits = field(default_factory=Limits)
+    mirrors: tuple[PrefixRule, ...] = ()  # more places for blobs with digests
     workers: int = field(default_factory=default_workers)  # 0: fetch in this process
     fill: FillMode = FillMode.OPENED
     policy: Policy = Policy.PROVISIONAL
@@ -40,3 +42,4 @@ class EngineSettings:
     commit_seconds: float = 1.0
     worker_buffer_bytes: int = 32 * MIB  # chunk buffers of one worker; a single chunk may exceed it
     disk_threads: int = 16
+    worker_silence_seconds: float = 30.0  # a worker process without a sign of life for so long is replaced
