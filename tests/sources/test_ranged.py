@@ -146,6 +146,24 @@ async def test_harmless_oddities_give_exact_bytes(kind: FaultKind) -> None:
             assert await read(reader, mirror) == DATA[SPAN.start : SPAN.stop]
 
 
+async def test_excess_that_comes_as_a_chunk_of_its_own_is_refused() -> None:
+    span = ByteSpan(0, 2 * 65_536)  # the origin's chunks end where the span does
+    async with open_origin({PATH: DATA}) as origin, Reading() as reader:
+        origin.script(PATH, Fault(K.CHUNKED_LONG))
+        got = b""
+        async with reader.open(Mirror(origin.url(PATH)), SHAPE, span) as body:
+
+            async def collect() -> None:
+                nonlocal got
+                async for piece in body:
+                    got += piece
+
+            with pytest.raises(SourceError, match="more than") as caught:
+                await collect()
+        assert caught.value.kind is FailureKind.PROTOCOL
+        assert len(got) < len(span)  # the last piece was held back
+
+
 async def test_request_asks_for_exactly_the_span() -> None:
     async with open_origin({PATH: DATA}) as origin, Reading() as reader:
         await read(reader, origin.url(PATH))
@@ -373,13 +391,14 @@ async def test_secrets_stay_at_home() -> None:
 
         for path, target in (("/a", other.url("/b")), ("/way-back", other.url("/back"))):
             redirecting(home, path, target)
-        redirecting(other, "/back", home.url("/c"))
+        redirecting(other, "/back", home.url("/c0"))
+        redirecting(home, "/c0", "/c")  # at home again, but on a stranger's word
         for _ in range(2):  # found out, then remembered
             await ask(home.url("/a"))
             await ask(home.url("/way-back"))
         for seen in (*home.requests("/a"), *home.requests("/way-back")):
             assert (seen.headers["x-key"], seen.headers["authorization"]) == ("sesame", "Bearer t")
-        for seen in (*other.seen, *home.requests("/c")):
+        for seen in (*other.seen, *home.requests("/c0"), *home.requests("/c")):
             assert not {"x-key", "authorization"} & seen.headers.keys()
         await ask(other.url("/c"))  # a mirror elsewhere: its own Authorization, not the user's headers
         assert "x-key" not in other.seen[-1].headers
