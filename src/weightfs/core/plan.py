@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import MIB, BlobShape, ChunkSpan
@@ -57,7 +57,10 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Remirrored:
-    """The blob's mirrors are now these; past faults are forgotten."""
+    """The blob has these mirrors too; past faults are forgotten.
+
+    Mirrors keep their numbers: those with a new URL are appended, none is taken away.
+    """
 
     blob: BlobId
     mirrors: tuple[Mirror, ...]
@@ -245,19 +248,22 @@ class Limits:
     # What a crash may cost per blob: the promise of docs/semantics.md. Background stops earlier: room for demand.
     unsettled_bytes: int = 64 * MIB
     background_unsettled_bytes: int = 48 * MIB
-    # In flight over all blobs, the global budget of read-ahead and fill; demand is never refused for it.
+    # In flight over all blobs, the global budget of read-ahead and fill; demand is never refused for it. A whole stream
+    # (an origin without ranges) cannot be cut to a size: it counts for neither this bound nor the one above.
     budget_bytes: int = 256 * MIB
-    # A demanded chunk so far behind in somebody's job is taken out of it.
+    # A demanded chunk that stands behind so many chunks of a job for which nobody waits is taken out of it.
     trim_distance: int = 2
     backoff_base: float = 0.5
     backoff_cap: float = 30.0
     # None: transient faults are retried until the reader's own bound; N: give up after N retries in a row (--retry).
     max_retries: int | None = None
-    # A chunk or blob that was given up is not tried again for so long; doubles with each time up to the cap.
+    # A chunk or blob that was given up, or a mirror that is not to be asked, is left alone for so long (seconds);
+    # doubles with each time up to the cap.
     hold_base: float = 5.0
     hold_cap: float = 300.0
-    # Wrong digests from one mirror for one chunk before that mirror is not asked for it again.
+    # Wrong digests from one mirror for one chunk before that mirror is not asked for it for the time of a hold.
     mismatches_per_mirror: int = 2
-    # Answers in a row that break the protocol before a mirror is not asked again.
+    # Answers in a row that break the protocol before a mirror is not asked for the time of a hold.
     protocol_strikes: int = 3
-    first_job_bytes: int = field(default=2 * MIB)  # a fill request while the line's speed is unknown
+    # A fill request while the line's speed is unknown.
+    first_job_bytes: int = 2 * MIB

@@ -7,13 +7,15 @@ Invariants, held under Hypothesis in tests/core/test_planner.py:
 - Every waiter gets exactly one `Wake`, unless it withdrew.
 - Fill and read-ahead never take demand's own slots, and stop at the background bounds of `Limits`.
 - What was given up is not tried again before its hold ends; a `Need` for it is answered at once with the failure.
+- No wake-up is lost: while something is to be fetched and nothing is in flight, either a `SleepUntil` is pending or the
+  blob waits for its landed bytes to become `Durable`.
+- An event costs what it touches: no loop over all blobs or all waiters.
 
 The books are `planledger`'s, what to do about faults is `planfaults`', what to fetch next `planschedule`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from weightfs.core import plan
@@ -28,6 +30,7 @@ from weightfs.core.planschedule import Scheduler
 from weightfs.errors import FailureKind
 
 MAX_WANTS = 16  # read-ahead windows remembered per blob: twice the streams that `readahead` tracks
+_REMOVED = Failure(FailureKind.CANCELLED, "the model was removed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Planner:
         return self._ledger.blobs[blob].board.snapshot()
 
     def failure(self, blob: BlobId) -> Failure | None:
-        """Why the blob, or some chunk of it, is given up for now; None if nothing is."""
+        """Why the blob, or some chunk of it, is given up for now; None if nothing is. KeyError."""
         state = self._ledger.blobs[blob]
         if state.failed:
             return state.failed[1]
@@ -82,24 +85,20 @@ class Planner:
     def stuck(self, blob: BlobId) -> Failure | None:
         """The failure that keeps the blob from being completed now: everything else of it has been tried."""
         state = self._ledger.blobs.get(blob)
-        if state is None or state.failed:
-            return state.failed[1] if state and state.failed else None
-        only_held = state.taken.full and not state.owner and not state.punching
-        return self.failure(blob) if only_held else None
+        if state is None:
+            return None
+        if state.failed:
+            return state.failed[1]
+        # What is left is present or held: there is nothing in flight, put off or being punched.
+        return self.failure(blob) if len(state.present) + len(state.held) == state.shape.chunk_count else None
 
     def busy(self, blob: BlobId) -> bool:
         """Whether any job of the blob (known or removed) is in flight."""
-        return any(job.blob == blob for job in self._ledger.jobs.values())
+        return any(job.blob.id == blob for job in self._ledger.jobs.values())
 
     def jobs(self, now: float) -> list[InFlight]:
         """What is in flight, oldest first."""
-        return [self._describe(job, now) for job in self._ledger.jobs.values()]
-
-    def _describe(self, job: Job, now: float) -> InFlight:
-        blob = self._ledger.blobs.get(job.blob)
-        span = ChunkSpan(min(job.outstanding, default=0), max(job.outstanding, default=-1) + 1)
-        mirror = blob.mirrors[job.mirror].url if blob else ""
-        return InFlight(job.id, job.blob, span, mirror, job.priority, now - job.started, job.nbytes)
+        return [_describe(job, now) for job in self._ledger.jobs.values()]
 
     def idle(self) -> bool:
         """Nothing in flight and nobody waiting."""
@@ -112,82 +111,85 @@ class Planner:
     # ---- events
 
     def feed(self, event: plan.Event, now: float) -> list[plan.Command]:
-        """Take one event at monotonic time `now`; return what to do, in order."""
+        """Take one event at monotonic time `now`; return what to do, in order.
+
+        ValueError if a blob is added twice; IndexError if a span or chunk is not one of its blob.
+        """
         self._ledger.out = []
+        self._faults.release(now)
         match event:
             case plan.Added():
-                self._added(event)
+                self._ledger.add(event)
             case plan.Removed(blob_id):
                 self._removed(blob_id)
             case plan.Withdrawn(waiter):
                 self._ledger.forget_waiter(waiter)
             case plan.Tick():
-                self._scheduler.ticked()
+                pass
             case plan.Landed() | plan.Mismatched() | plan.Trimmed() | plan.Done() | plan.Failed():
                 self._job_event(event, now)
             case _:
-                if blob := self._ledger.blobs.get(event.blob):  # else it was removed meanwhile
-                    self._blob_event(blob, event, now)
-        self._faults.release_holds(now)
+                self._blob_event(event)
         self._scheduler.run(now)
+        self._scheduler.set_alarm(now, ticked=isinstance(event, plan.Tick))
         return self._ledger.out
 
     def _job_event(self, event: plan.JobEvent, now: float) -> None:
         job = self._ledger.jobs.get(event.job)
         if job is None:
             return  # of a job that has ended: nothing of it is ours to change
+        self._ledger.touched[job.blob] = None
         match event:
             case plan.Landed(_, chunk):
-                self._landed(job, chunk, now)
+                if chunk in job.outstanding:
+                    self._landed(job, chunk, now)
             case plan.Mismatched(_, chunk, failure):
-                self._faults.mismatched(job, chunk, failure, now)
+                if chunk in job.outstanding:
+                    self._faults.mismatched(job, chunk, failure, now)
             case plan.Trimmed(_, stop):
-                job.trimming = False
-                self._ledger.free(job, [chunk for chunk in job.outstanding if chunk >= stop])
-            case plan.Done():
-                self._done(job, now)
-            case plan.Failed(_, failure, jitter):
-                self._faults.failed(job, failure, jitter, now)
+                self._trimmed(job, stop)
+            case plan.Done() | plan.Failed():
+                self._job_ended(job, event, now)
 
-    def _blob_event(self, blob: BlobPlan, event: plan.BlobEvent, now: float) -> None:
+    def _job_ended(self, job: Job, event: plan.Done | plan.Failed, now: float) -> None:
+        left = bool(job.outstanding) and job.trim_at is None
+        self._ledger.end(job, now)
+        if job.blob.gone:
+            return
+        if isinstance(event, plan.Failed):
+            self._faults.failed(job, event.failure, event.jitter, now)
+        elif left:
+            self._faults.ended_early(job, now)
+
+    def _blob_event(self, event: plan.BlobEvent) -> None:
+        blob = self._ledger.blobs.get(event.blob)
+        if blob is None:  # it was removed meanwhile
+            if isinstance(event, plan.Need):
+                self._ledger.out.append(plan.Wake(event.waiter, _REMOVED))
+            return
+        self._ledger.touched[blob] = None
         match event:
-            case plan.Need():
-                self._need(blob, event, now)
+            case plan.Need(waiter, _, span):
+                blob.cursor = span.stop
+                self._scheduler.favour(blob)
+                self._admit(waiter, blob, span)
             case plan.Want(_, span):
                 blob.wants = [*blob.wants[-(MAX_WANTS - 1) :], span]
-                self._ledger.active[blob.id] = None
             case plan.Fill(_, on):
-                self._ledger.set_fill(blob, on)
+                self._scheduler.set_fill(blob, on)
             case plan.Durable(_, nbytes):
                 blob.undurable = max(0, blob.undurable - nbytes)
             case plan.Dropped(_, chunks):
-                self._dropped(blob, chunks)
+                self._ledger.drop(blob, chunks)
             case plan.Punched(_, chunks):
-                self._punched(blob, chunks)
+                self._ledger.punch(blob, chunks)
             case plan.Remirrored(_, mirrors):
                 self._remirrored(blob, mirrors)
 
-    def _added(self, event: plan.Added) -> None:
-        board = MirrorBoard(event.mirrors)
-        taken = event.present.copy()
-        self._ledger.blobs[event.blob] = BlobPlan(
-            event.blob, event.shape, event.present, taken, event.mirrors, board
-        )
-
-    def _removed(self, blob: BlobId) -> None:
-        ledger = self._ledger
-        state = ledger.blobs.pop(blob, None)
-        ledger.filling.pop(blob, None)
-        ledger.active.pop(blob, None)
-        if state is None:
-            return
-        failure = Failure(FailureKind.CANCELLED, "the model was removed")
-        for waiters in list(state.waiting.values()):
-            for waiter in list(waiters):
-                if waiter in ledger.waiters:
-                    del ledger.waiters[waiter]
-                    ledger.out.append(plan.Wake(waiter, failure))
-        ledger.out.extend(plan.Stop(job.id) for job in ledger.jobs.values() if job.blob == blob)
+    def _removed(self, blob_id: BlobId) -> None:
+        if blob := self._ledger.blobs.get(blob_id):
+            self._ledger.remove(blob, _REMOVED)
+            self._scheduler.remove(blob)
 
     def _remirrored(self, blob: BlobPlan, mirrors: tuple[Mirror, ...]) -> None:
         # Jobs in flight name mirrors by number: new ones are appended, old ones kept in place.
@@ -196,71 +198,55 @@ class Planner:
         blob.board = MirrorBoard(blob.mirrors)
         self._faults.forgive(blob)
 
-    def _need(self, blob: BlobPlan, event: plan.Need, now: float) -> None:
+    def _admit(self, number: int, blob: BlobPlan, span: ChunkSpan) -> None:
+        """Answer a reader at once if that can be done, else let it wait for what is missing."""
         ledger = self._ledger
-        self._faults.release_holds(now)
-        missing = {chunk for hole in blob.present.holes(event.span) for chunk in hole}
+        missing = [chunk for hole in blob.present.holes(span) for chunk in hole]
         if not missing:
-            ledger.out.append(plan.Wake(event.waiter))
+            ledger.out.append(plan.Wake(number))
             return
-        failure = blob.failed[1] if blob.failed else None
-        held = (blob.held[chunk][1] for chunk in sorted(missing) if chunk in blob.held)
-        if failure := failure or next(held, None):
-            ledger.out.append(plan.Wake(event.waiter, failure))
+        held = next((blob.held[chunk] for chunk in missing if chunk in blob.held), None)
+        if given_up := blob.failed or held:
+            ledger.out.append(plan.Wake(number, given_up[1]))
             return
-        ledger.waiters[event.waiter] = Waiter(event.blob, missing)
-        ledger.active[event.blob] = None
-        blob.cursor = event.span.stop
-        if blob.fill:
-            ledger.filling = {event.blob: None, **ledger.filling}
-        for chunk in sorted(missing):
-            blob.waiting.setdefault(chunk, set()).add(event.waiter)
+        ledger.waiters[number] = Waiter(blob, span, set(missing))
+        for chunk in missing:
+            blob.waiting.setdefault(chunk, set()).add(number)
             if chunk in blob.owner:
                 self._promote(ledger.jobs[blob.owner[chunk]], chunk)
-            elif chunk not in blob.punching:
+            elif chunk not in blob.taken:
                 blob.demand[chunk] = None
 
     def _promote(self, job: Job, chunk: int) -> None:
-        """A reader waits for a chunk of a running job: take it out if the job is far from it, else lift the job."""
-        behind = sum(1 for other in job.outstanding if other < chunk)
-        if job.whole or job.trimming:
+        """A reader waits for a chunk of a running job: take it out if it stands behind what nobody waits for."""
+        if job.whole or job.trim_at is not None:
             return
-        if behind >= self.limits.trim_distance and job.priority is not Priority.DEMAND:
-            job.trimming = True
+        behind = sum(1 for other in job.outstanding if other < chunk and other not in job.blob.waiting)
+        if behind >= self.limits.trim_distance:
+            job.trim_at = chunk
             self._ledger.out.append(plan.Trim(job.id, chunk))
-        elif behind == 0:
+        else:
             job.priority = Priority.DEMAND
 
+    def _trimmed(self, job: Job, stop: int) -> None:
+        asked, job.trim_at = job.trim_at, None
+        self._ledger.free(job, [chunk for chunk in job.outstanding if chunk >= stop])
+        # Readers that came for earlier chunks meanwhile. Never again for what the job has passed: that would not end.
+        for chunk in sorted(job.outstanding):
+            if asked is not None and chunk < asked and chunk in job.blob.waiting:
+                self._promote(job, chunk)
+
     def _landed(self, job: Job, chunk: int, now: float) -> None:
-        if chunk not in job.outstanding:
+        if job.blob.gone:
+            self._ledger.leave(job, chunk)
             return
-        nbytes = self._ledger.leave(job, chunk)
-        blob = self._ledger.blobs.get(job.blob)
-        if blob is None:
-            return
-        job.landed_bytes += nbytes
-        blob.undurable += nbytes
-        blob.present.add(chunk)
-        seconds = max(now - job.started, 1e-6) * nbytes / max(job.landed_bytes, 1)
-        blob.board.succeeded(job.mirror, nbytes, seconds)
-        self._faults.succeeded(blob, job, chunk)
-        self._ledger.wake_visible(blob, chunk)
+        answered = self._ledger.land(job, chunk)
+        self._faults.succeeded(job, chunk, now)
+        for number, waiter in answered:  # a chunk that it had already may have been dropped since
+            self._admit(number, waiter.blob, waiter.span)
 
-    def _done(self, job: Job, now: float) -> None:
-        left = bool(job.outstanding) and not job.whole
-        self._ledger.end(job, now)
-        blob = self._ledger.blobs.get(job.blob)
-        if left and blob:  # a driver that says done without landing must not spin
-            blob.retry_at = now + self.limits.backoff_base
 
-    def _dropped(self, blob: BlobPlan, chunks: Iterable[int]) -> None:
-        for chunk in chunks:
-            if chunk in blob.present:
-                blob.present.discard(chunk)  # still taken
-                blob.punching.add(chunk)
-
-    def _punched(self, blob: BlobPlan, chunks: Iterable[int]) -> None:
-        for chunk in chunks:
-            if chunk in blob.punching:
-                blob.punching.discard(chunk)
-                self._ledger.available(blob, chunk)
+def _describe(job: Job, now: float) -> InFlight:
+    span = ChunkSpan(min(job.outstanding, default=0), max(job.outstanding, default=-1) + 1)
+    mirror = job.blob.mirrors[job.mirror].url
+    return InFlight(job.id, job.blob.id, span, mirror, job.priority, now - job.started, job.nbytes)

@@ -1,165 +1,232 @@
 """What to fetch next: what readers wait for, then read-ahead, then fill, within the bounds of `Limits`.
 
-Rule: fill and read-ahead never take demand's own slots, and stop at the background bounds of `Limits`.
+Rules:
+
+- Fill and read-ahead never take demand's own slots, and stop at the background bounds of `Limits`.
+- Blobs with demand take turns, one job each; so do those with read-ahead. Fill completes one blob after another.
+- A blob that cannot start anything for a reason of its own leaves the line, and comes back when something happens to
+  it (an event of its own, or a timer). So an event never costs a look at every blob.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import enum
+from collections.abc import Callable
 
 from weightfs.core import plan
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.plan import Priority
 from weightfs.core.planfaults import Faults
 from weightfs.core.planledger import BlobPlan, Ledger
+from weightfs.core.planqueue import Line
+
+
+class _Outcome(enum.Enum):
+    GO_ON = enum.auto()  # something was started, or put off for good: look again
+    BLOCKED = enum.auto()  # nothing of this blob before something happens to it
+    FULL = enum.auto()  # nothing of this priority before something happens
 
 
 class Scheduler:
-    """Starts jobs."""
+    """Starts jobs, and says when to wake up."""
 
     def __init__(self, ledger: Ledger, faults: Faults) -> None:
         self._ledger = ledger
         self._faults = faults
         self._limits = ledger.limits
+        self._demand: Line[BlobPlan] = Line()
+        self._wants: Line[BlobPlan] = Line()
+        self._fill: Line[BlobPlan] = Line()
+        self._last = 0  # ranks given at the end of a line …
+        self._front = 0  # … and at its front
         self._alarm = float("inf")
 
-    def ticked(self) -> None:
-        """The alarm went off."""
-        self._alarm = float("inf")
+    def set_fill(self, blob: BlobPlan, on: bool) -> None:
+        """Put the blob at the end of the line for fill (if it is not in it), or take it out."""
+        if on and not blob.fill:
+            blob.fill_rank = self._next_rank()
+        blob.fill = on
+
+    def favour(self, blob: BlobPlan) -> None:
+        """Somebody reads it: its fill goes first."""
+        if blob.fill:
+            self._front -= 1
+            blob.fill_rank = self._front
+
+    def remove(self, blob: BlobPlan) -> None:
+        """The blob has gone."""
+        for line in (self._demand, self._wants, self._fill):
+            line.leave(blob)
 
     def run(self, now: float) -> None:
         """Start what may be started now."""
-        ready = [blob for blob in self._ledger.active_blobs() if not blob.failed and blob.retry_at <= now]
-        for blob in ready:
-            while blob.demand and self._start(blob, self._demand_run(blob), Priority.DEMAND, now):
-                pass
-        for blob in ready:
-            if blob.wants:
-                self._schedule_wants(blob, now)
-        self._schedule_fill(now)
-        for blob in self._ledger.active_blobs():
-            if not (blob.demand or blob.wants or blob.fill or blob.failed or blob.held):
-                del self._ledger.active[blob.id]
-        self._set_alarm(now)
+        for blob in self._ledger.touched:
+            if not blob.gone:
+                self._put_in_line(blob)
+        self._ledger.touched = {}
+        self._serve(self._demand, self._start_demand, now, in_turns=True)
+        self._serve(self._wants, self._start_want, now, in_turns=True)
+        self._serve(self._fill, self._start_fill, now, in_turns=False)
 
-    def _demand_run(self, blob: BlobPlan) -> ChunkSpan:
+    def set_alarm(self, now: float, *, ticked: bool) -> None:
+        """Ask for a `Tick` at the next time that matters, unless an earlier one is under way."""
+        if ticked or now >= self._alarm:
+            self._alarm = float("inf")
+        due = self._ledger.timers.next()
+        if due < self._alarm:
+            self._alarm = due
+            self._ledger.out.append(plan.SleepUntil(due))
+
+    # ---- lines
+
+    def _next_rank(self) -> int:
+        self._last += 1
+        return self._last
+
+    def _put_in_line(self, blob: BlobPlan) -> None:
+        for line, something in ((self._demand, blob.demand), (self._wants, blob.wants)):
+            if something and blob not in line:
+                line.put(blob, self._next_rank())
+        if blob.fill:
+            self._fill.put(blob, blob.fill_rank)
+
+    def _serve(
+        self,
+        line: Line[BlobPlan],
+        start: Callable[[BlobPlan, float], _Outcome],
+        now: float,
+        *,
+        in_turns: bool,
+    ) -> None:
+        while (blob := line.first()) is not None:
+            match start(blob, now):
+                case _Outcome.FULL:
+                    return
+                case _Outcome.BLOCKED:
+                    line.leave(blob)
+                case _Outcome.GO_ON if in_turns:
+                    line.put(blob, self._next_rank())
+
+    @staticmethod
+    def _paused(blob: BlobPlan, now: float) -> bool:
+        return blob.failed is not None or blob.ghosts > 0 or blob.retry_at > now
+
+    # ---- the three priorities
+
+    def _start_demand(self, blob: BlobPlan, now: float) -> _Outcome:
+        if not blob.demand or self._paused(blob, now):
+            return _Outcome.BLOCKED
         start = stop = next(iter(blob.demand))
         cap = max(1, self._limits.job_bytes // blob.shape.chunk_length)
         while stop in blob.demand and stop - start < cap:
             stop += 1
-        return ChunkSpan(start, stop)
+        return self._start(blob, ChunkSpan(start, stop), Priority.DEMAND, now)
 
-    def _schedule_wants(self, blob: BlobPlan, now: float) -> None:
+    def _start_want(self, blob: BlobPlan, now: float) -> _Outcome:
         """Newest window first; each is cut so that a large one is on at least four connections."""
+        if self._gives_way(blob, now):
+            return _Outcome.BLOCKED
         while blob.wants:
             window = blob.wants[-1]
             cap = max(1, min(self._limits.job_bytes // blob.shape.chunk_length, -(-len(window) // 4)))
             hole = next(blob.taken.holes(window), None)
-            if hole is None:
-                blob.wants.pop()
-                continue
-            run = ChunkSpan(hole.start, min(hole.stop, hole.start + cap))
-            if not self._start(blob, run, Priority.READAHEAD, now):
-                return
+            if hole is not None:
+                run = ChunkSpan(hole.start, min(hole.stop, hole.start + cap))
+                return self._start(blob, run, Priority.READAHEAD, now)
+            blob.wants.pop()
+        return _Outcome.BLOCKED
 
-    def _schedule_fill(self, now: float) -> None:
-        for blob_id in list(self._ledger.filling):
-            blob = self._ledger.blobs[blob_id]
-            if blob.failed or blob.retry_at > now:
-                continue
-            while (run := self._fill_run(blob)) is not None:
-                if not self._start(blob, run, Priority.FILL, now):
-                    break
-                blob.cursor = run.stop
-            else:
-                if blob.present.full:
-                    self._ledger.set_fill(blob, on=False)
-
-    def _fill_run(self, blob: BlobPlan) -> ChunkSpan | None:
+    def _start_fill(self, blob: BlobPlan, now: float) -> _Outcome:
+        if blob.present.full:
+            blob.fill = False
+        if not blob.fill or self._gives_way(blob, now):
+            return _Outcome.BLOCKED
         start = blob.taken.first_hole(blob.cursor)
         if start is None:
             start = blob.taken.first_hole(0)
         if start is None:
-            return None
+            return _Outcome.BLOCKED
         target = blob.stream_rate * self._limits.fill_job_seconds or self._limits.first_job_bytes
         cap = max(1, min(self._limits.job_bytes, int(target)) // blob.shape.chunk_length)
-        return next(blob.taken.holes(ChunkSpan(start, min(start + cap, blob.shape.chunk_count))))
+        window = ChunkSpan(start, min(start + cap, blob.shape.chunk_count))
+        return self._start(blob, next(blob.taken.holes(window)), Priority.FILL, now)
 
-    def _may_start(self, blob: BlobPlan, nbytes: int, priority: Priority) -> bool:
-        limits, jobs = self._limits, self._ledger.jobs
-        if len(jobs) >= limits.max_jobs:
-            return False
-        if priority is Priority.DEMAND:
-            return not blob.unsettled or blob.unsettled + nbytes <= limits.unsettled_bytes
-        background = sum(1 for job in jobs.values() if job.priority is not Priority.DEMAND)
-        if background >= limits.background_jobs:
-            return False
-        if priority is Priority.FILL and self._ledger.waiters:
-            fills = sum(1 for job in jobs.values() if job.priority is Priority.FILL)
-            if fills >= limits.fill_jobs_under_demand:
-                return False
-        if self._ledger.inflight and self._ledger.inflight + nbytes > limits.budget_bytes:
-            return False
-        return not blob.unsettled or blob.unsettled + nbytes <= limits.background_unsettled_bytes
+    def _gives_way(self, blob: BlobPlan, now: float) -> bool:
+        """Background of a blob also waits while one of its readers waits for a whole stream."""
+        return self._paused(blob, now) or (blob.draining and bool(blob.demand))
 
-    def _start(self, blob: BlobPlan, run: ChunkSpan, priority: Priority, now: float) -> bool:
-        """Begin a job for `run`, shortened to what the bounds allow; False if none may begin now."""
-        avoid = self._faults.avoid(blob, run.start)
-        ranged = avoid | blob.streamers
-        if len(ranged) >= len(blob.mirrors) and blob.streamers - avoid:
-            return self._start_whole(blob, priority, avoid, now)
-        while len(run) > 1 and not self._may_start(blob, len(blob.shape.bytes_of(run)), priority):
+    # ---- one job
+
+    def _start(self, blob: BlobPlan, run: ChunkSpan, priority: Priority, now: float) -> _Outcome:
+        """Begin a job for `run`, shortened to what the bounds allow."""
+        if self._no_slot(priority):
+            return _Outcome.FULL
+        mirrors = self._faults.candidates(blob, run.start, now)
+        if not mirrors:
+            return (
+                _Outcome.GO_ON
+            )  # the chunk is held or put off, or the blob is: either is seen at the next look
+        ranged = mirrors - blob.streamers
+        if not ranged:
+            return self._start_whole(blob, mirrors, priority, now)
+        while not self._within_bytes(blob, run, priority):
+            if len(run) == 1:
+                return _Outcome.BLOCKED if self._unsettled(blob, run, priority) else _Outcome.FULL
             run = ChunkSpan(run.start, run.start + len(run) // 2)
-        if not self._may_start(blob, len(blob.shape.bytes_of(run)), priority):
+        mirror = self._choose(blob, ranged, now)
+        shunned = (c for c in run if c > run.start and self._shuns(blob, c, mirror, now))
+        run = ChunkSpan(run.start, next(shunned, run.stop))
+        self._ledger.issue(blob, run, run, mirror, priority, now)
+        return _Outcome.GO_ON
+
+    def _start_whole(
+        self, blob: BlobPlan, mirrors: frozenset[int], priority: Priority, now: float
+    ) -> _Outcome:
+        """No ranges to be had: one stream of everything at a time; it waits until nothing else is in flight."""
+        if blob.owner:
+            blob.draining = blob.draining or priority is Priority.DEMAND
+            return _Outcome.BLOCKED
+        blob.draining = False
+        mirror = self._choose(blob, mirrors, now)
+        absent = (chunk for hole in blob.taken.holes(blob.shape.chunks) for chunk in hole)
+        chunks = [chunk for chunk in absent if not self._shuns(blob, chunk, mirror, now)]
+        self._ledger.issue(blob, blob.shape.chunks, chunks, mirror, priority, now, whole=True)
+        return _Outcome.GO_ON
+
+    @staticmethod
+    def _choose(blob: BlobPlan, mirrors: frozenset[int], now: float) -> int:
+        others = frozenset(range(len(blob.mirrors))) - mirrors
+        mirror = blob.board.choose(now, others)
+        assert mirror is not None  # `mirrors` is not empty
+        return mirror
+
+    def _shuns(self, blob: BlobPlan, chunk: int, mirror: int, now: float) -> bool:
+        return chunk in blob.mismatches and mirror in self._faults.avoid(blob, chunk, now)
+
+    # ---- bounds
+
+    def _no_slot(self, priority: Priority) -> bool:
+        limits, jobs = self._limits, self._ledger.jobs.values()
+        if len(jobs) >= limits.max_jobs:
+            return True
+        if priority is Priority.DEMAND:
             return False
-        mirror = blob.board.choose(now, frozenset(ranged))
-        if mirror is None:
-            self._faults.no_mirror(blob, run.start, now)
-            return blob.failed is None  # the chunk is held: the others may go on
-        later = (chunk for chunk in run if chunk > run.start and self._shuns(blob, chunk, mirror))
-        run = ChunkSpan(run.start, next(later, run.stop))
-        self._issue(blob, run, frozenset(run), mirror, priority, now, whole=False)
-        return True
-
-    def _shuns(self, blob: BlobPlan, chunk: int, mirror: int) -> bool:
-        return chunk in blob.mismatches and mirror in self._faults.avoid(blob, chunk)
-
-    def _start_whole(self, blob: BlobPlan, priority: Priority, avoid: frozenset[int], now: float) -> bool:
-        """No origin has ranges: one stream of everything at a time; waits until nothing else is in flight."""
-        if blob.owner or len(self._ledger.jobs) >= self._limits.max_jobs:
+        # By the priority with which they were issued: a background job keeps its slot although a reader waits for it.
+        if sum(1 for job in jobs if job.issued is not Priority.DEMAND) >= limits.background_jobs:
+            return True
+        if priority is Priority.READAHEAD or not self._ledger.waiters:
             return False
-        others = frozenset(range(len(blob.mirrors))) - blob.streamers
-        mirror = blob.board.choose(now, avoid | others)
-        if mirror is None:
+        return sum(1 for job in jobs if job.issued is Priority.FILL) >= limits.fill_jobs_under_demand
+
+    def _within_bytes(self, blob: BlobPlan, run: ChunkSpan, priority: Priority) -> bool:
+        if self._unsettled(blob, run, priority):
             return False
-        holes = frozenset(chunk for hole in blob.taken.holes(blob.shape.chunks) for chunk in hole)
-        self._issue(blob, blob.shape.chunks, holes, mirror, priority, now, whole=True)
-        return True
+        if priority is Priority.DEMAND or not self._ledger.inflight:
+            return True
+        return self._ledger.inflight + len(blob.shape.bytes_of(run)) <= self._limits.budget_bytes
 
-    def _issue(
-        self,
-        blob: BlobPlan,
-        span: ChunkSpan,
-        chunks: frozenset[int],
-        mirror: int,
-        priority: Priority,
-        now: float,
-        *,
-        whole: bool,
-    ) -> None:
-        job = self._ledger.new_job(blob, chunks, mirror, priority, now, whole=whole)
-        self._ledger.issue(blob, span, chunks, job)
-
-    def _alarms(self, now: float) -> Iterator[float]:
-        for blob in self._ledger.active_blobs():
-            if blob.failed:
-                yield blob.failed[0]
-            elif blob.retry_at > now and (blob.demand or blob.wants or blob.fill):
-                yield blob.retry_at
-            yield from (until for until, _ in blob.held.values())
-
-    def _set_alarm(self, now: float) -> None:
-        due = min(self._alarms(now), default=float("inf"))
-        if due < self._alarm:
-            self._alarm = due
-            self._ledger.out.append(plan.SleepUntil(due))
+    def _unsettled(self, blob: BlobPlan, run: ChunkSpan, priority: Priority) -> bool:
+        """Whether too much of the blob would not be durable. A chunk larger than the bound goes alone."""
+        limits = self._limits
+        most = limits.unsettled_bytes if priority is Priority.DEMAND else limits.background_unsettled_bytes
+        return blob.unsettled > 0 and blob.unsettled + len(blob.shape.bytes_of(run)) > most
