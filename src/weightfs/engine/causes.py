@@ -17,12 +17,18 @@ def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 
 @asynccontextmanager
-async def one_cause() -> AsyncIterator[None]:
-    """Of a group, raise the first exception that is no cancellation; several that are unlike stay a group."""
+async def one_cause(*expected: type[Exception]) -> AsyncIterator[None]:
+    """Of a group, raise the first exception that is no cancellation.
+
+    Several that are unlike stay a group, unless all are `expected`: then the first type named there is raised.
+    """
     try:
         yield
     except BaseExceptionGroup as group:
         causes = [error for error in leaves(group) if not isinstance(error, trio.Cancelled)]
         if causes and all(type(error) is type(causes[0]) for error in causes):
             raise causes[0] from causes[0].__cause__
+        if causes and all(isinstance(error, expected) for error in causes):
+            cause = next(error for kind in expected for error in causes if isinstance(error, kind))
+            raise cause from cause.__cause__
         raise

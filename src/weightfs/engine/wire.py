@@ -25,10 +25,11 @@ MAX_LINE = (
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First to the worker: how to fetch, and how much to buffer."""
+    """First to the worker: how to fetch, how much to buffer, and how often to say that it lives (seconds)."""
 
     fetch: dict[str, Any]
     buffer_bytes: int
+    beat_seconds: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,11 @@ ToWorker = Hello | FetchJob | TrimJob | StopJob | HashJob
 FromWorker = ChunkLanded | ChunkMismatched | JobTrimmed | JobDone | JobFailed | Hashed | Alive
 Message = ToWorker | FromWorker
 
+
+class BadMessageError(ValueError):
+    """The other end said what no version of ourselves says: it is out of its mind, and is replaced."""
+
+
 _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
@@ -180,11 +186,12 @@ def encode(message: Message) -> bytes:
 
 
 def decode(line: bytes) -> Message:
-    """The inverse of `encode`. ValueError if it is not one of ours."""
-    name, fields = json.loads(line)
-    if name not in _TYPES:
-        raise ValueError(f"unknown worker message {name!r}")
-    message: Message = _TYPES[name](**fields)
+    """The inverse of `encode`. BadMessageError if it is not one of ours."""
+    try:
+        name, fields = json.loads(line)
+        message: Message = _TYPES[name](**fields)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadMessageError(f"not a worker message: {line[:80]!r}") from error
     return message
 
 
@@ -199,19 +206,26 @@ def fetch_settings_from_wire(fields: dict[str, Any]) -> FetchSettings:
         "headers": tuple((key, value) for key, value in fields["headers"]),
         "private_hosts": tuple(fields["private_hosts"]),
         "trusted_keys": tuple(fields["trusted_keys"]),
+        "header_origins": tuple(fields["header_origins"]),
         "policy": Policy(fields["policy"]),
     }
     return FetchSettings(**{**fields, **tuples})
 
 
 async def read_messages(stream: trio.abc.ReceiveStream) -> AsyncIterator[Message]:
-    """Messages until the other end closes. ValueError on a line that is too long or not ours."""
-    rest = bytearray()
+    """Messages until the other end closes. BadMessageError on a line that is too long or not ours."""
+    line = (
+        bytearray()
+    )  # the one that is still incomplete; what comes is searched once, however long the line gets
     async for data in stream:
-        rest += data
-        *lines, tail = rest.split(b"\n")
-        rest = bytearray(tail)
-        if len(rest) > MAX_LINE:
-            raise ValueError(f"a worker message exceeds {MAX_LINE} bytes")
-        for line in lines:
+        *ends, tail = data.split(b"\n")
+        for end in ends:
+            line += end
+            if len(line) > MAX_LINE:
+                break
             yield decode(bytes(line))
+            line.clear()
+        else:
+            line += tail
+        if len(line) > MAX_LINE:
+            raise BadMessageError(f"a worker message exceeds {MAX_LINE} bytes")

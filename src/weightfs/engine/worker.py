@@ -34,7 +34,6 @@ from weightfs.sources.base import FetchSettings, Source
 
 LANDINGS_PER_JOB = 2  # one chunk is hashed and written while the next one arrives
 LANDING_THREADS = 8
-HEARTBEAT_SECONDS = 5.0
 NICENESS = 10
 PR_SET_PDEATHSIG = 1
 
@@ -211,7 +210,8 @@ class Worker:
             span = shape.bytes_of(ChunkSpan(job.start, job.stop))
             mirror = Mirror(job.url, validator=job.validator)
             opened = self._source(job.url).open_range(mirror, shape, span, whole=job.whole)
-            async with one_cause(), opened as pieces, trio.open_nursery() as landings:
+            # A full disk and a broken stream at once: the disk's word counts.
+            async with one_cause(OSError, SourceError), opened as pieces, trio.open_nursery() as landings:
                 await self._assemble(running, shape, pieces, fd, landings)
         finally:
             os.close(fd)
@@ -356,7 +356,7 @@ async def serve(stream: trio.SocketStream) -> None:
     async def beat() -> None:
         while True:
             await send_channel.send(wire.Alive())
-            await trio.sleep(HEARTBEAT_SECONDS)
+            await trio.sleep(hello.beat_seconds)
 
     async with one_cause(), trio.open_nursery() as nursery:
         nursery.start_soon(write)
@@ -383,8 +383,10 @@ def main() -> None:
 
     async def run() -> None:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
-        with contextlib.suppress(trio.BrokenResourceError, BrokenPipeError):
+        try:
             await serve(stream)
+        except* trio.BrokenResourceError:
+            pass  # the engine is gone, and so are we
 
     trio.run(run)
 

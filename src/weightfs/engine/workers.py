@@ -2,7 +2,7 @@
 
 Rules: every submitted job is answered exactly once to `handle`, also when its worker dies (JobFailed, kind WORKER), and
 only after that process is gone, so that nobody writes what somebody else may be given. A worker that is silent for
-`SILENCE_SECONDS` is killed. Queues are bounded by the planner's job limit.
+`EngineSettings.worker_silence_seconds` is killed. Queues are bounded by the planner's job limit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,13 +21,15 @@ from dataclasses import dataclass, field
 import trio
 
 from weightfs.engine import wire
+from weightfs.engine.causes import one_cause
 from weightfs.engine.settings import EngineSettings
 from weightfs.engine.worker import Worker
 from weightfs.errors import FailureKind
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 30.0  # six heartbeats
+BEATS_PER_SILENCE = 6
+START_SECONDS = 30.0  # until the first sign of life: imports, on a busy machine
 STOP_SECONDS = 2.0
 QUEUE = 4096  # messages to one worker; the planner has far fewer jobs
 RESTART_DELAYS = (0.0, 0.5, 2.0, 10.0)  # after quick deaths in a row
@@ -156,51 +159,82 @@ class WorkerPool:
 
     async def _process(self, slot: _Slot) -> None:
         """One life of one worker process."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            argv = [sys.executable, "-m", "weightfs.engine.worker", str(theirs.fileno()), str(os.getpid())]
-            process = await trio.lowlevel.open_process(
-                argv, pass_fds=[theirs.fileno(), *self._keep_fds], stdin=subprocess.DEVNULL
-            )
+        try:
+            process, ours = self._spawn()
+        except (
+            OSError
+        ) as error:  # out of descriptors, processes or memory: it passes, or the log says why not
+            log.error("cannot start fetch worker %d: %s", slot.number, error.strerror)
+            return
         slot.pid = process.pid
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         try:
             await self._converse(slot, stream)
-        except (trio.BrokenResourceError, ValueError) as error:
+        except (trio.BrokenResourceError, wire.BadMessageError) as error:
             log.warning("fetch worker %d (pid %d): %s", slot.number, process.pid, error)
         finally:
             slot.outgoing = None
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)  # its end of input: it ends by itself
-                with trio.move_on_after(STOP_SECONDS):
-                    await process.wait()
-                if process.returncode is None:
+                with trio.move_on_after(STOP_SECONDS) as patience:
+                    await _ended(process)
+                if patience.cancelled_caught:
                     process.kill()
-                    await process.wait()
+                    await _ended(process)
+
+    def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Start a process; our end of the socket pair to it. OSError.
+
+        In this thread, not in one of trio's pool as trio.open_process has it: PR_SET_PDEATHSIG is about the *thread*
+        that forked (prctl(2)), and a pool thread ends after ten idle seconds. vfork and exec take about a millisecond.
+        """
+        ours, theirs = socket.socketpair()
+        argv = [sys.executable, "-m", "weightfs.engine.worker", str(theirs.fileno()), str(os.getpid())]
+        with theirs:
+            try:
+                process = subprocess.Popen(  # noqa: S603 - our own module, no shell
+                    argv, pass_fds=[theirs.fileno(), *self._keep_fds], stdin=subprocess.DEVNULL
+                )
+            except BaseException:
+                ours.close()
+                raise
+        return process, ours
 
     async def _converse(self, slot: _Slot, stream: trio.SocketStream) -> None:
+        bound = self._settings.worker_silence_seconds
         hello = wire.Hello(
-            wire.fetch_settings_to_wire(self._settings.fetch), self._settings.worker_buffer_bytes
+            wire.fetch_settings_to_wire(self._settings.fetch),
+            self._settings.worker_buffer_bytes,
+            bound / BEATS_PER_SILENCE,
         )
-        await stream.send_all(wire.encode(hello))
-        receive = self._open(slot)
-        silence = trio.CancelScope(deadline=trio.current_time() + SILENCE_SECONDS)
+        silence = trio.CancelScope(deadline=trio.current_time() + max(bound, START_SECONDS))
+        receive: trio.MemoryReceiveChannel[wire.ToWorker]
 
         async def write() -> None:
             async for message in receive:
                 await stream.send_all(wire.encode(message))
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(write)
+        async with one_cause(), trio.open_nursery() as nursery:
             with silence:
+                await stream.send_all(wire.encode(hello))
+                receive = self._open(slot)
+                nursery.start_soon(write)
                 async for message in wire.read_messages(stream):
-                    silence.deadline = trio.current_time() + SILENCE_SECONDS
+                    silence.deadline = trio.current_time() + bound
                     self._answered(message)  # type: ignore[arg-type]  # a worker sends nothing but FromWorker
             if silence.cancelled_caught:
                 log.warning(
-                    "fetch worker %d was silent for %d s; replacing it",
-                    slot.number,
-                    math.ceil(SILENCE_SECONDS),
+                    "fetch worker %d was silent for %d s; replacing it", slot.number, math.ceil(bound)
                 )
-                os.kill(slot.pid, 9)
+                os.kill(slot.pid, signal.SIGKILL)  # not waited for yet: the number is still its own
             nursery.cancel_scope.cancel()
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the process to end, and collect it."""
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        await trio.lowlevel.wait_readable(descriptor)
+    finally:
+        os.close(descriptor)
+    process.wait()
