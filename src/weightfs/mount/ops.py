@@ -59,8 +59,8 @@ class MountStats:
     reads: int = 0
     read_bytes: int = 0
     failed_reads: int = 0  # answered with an errno
-    refused_reads: int = 0  # of these: from the memory of an earlier failure, without a fetch
-    held: int = 0  # answers held right now
+    delayed_reads: int = 0  # tried only after the time of an earlier failure
+    held: int = 0  # of both: waiting right now
     internal_errors: int = 0  # handlers that met an error nobody foresaw
     _waiting: dict[int, tuple[int, ByteSpan, float]] = field(default_factory=dict)
 
@@ -235,36 +235,43 @@ class WeightOperations(pyfuse3.Operations):
         span = ByteSpan(off, off + size).clamp(node.blob.size)
         if not len(span):
             return b""
-        now = trio.current_time()
-        sentence = self._penance.recall(node.ino, span, now)
-        if sentence is not None:
-            self.stats.refused_reads += 1
-            raise await self._refusal(sentence)
+        asked = trio.current_time()
         serial = next(self._serial)
-        self.stats._waiting[serial] = (node.ino, span, now)
+        self.stats._waiting[serial] = (node.ino, span, asked)
         try:
-            data = await self._engine.read(node.blob.id, span)
-            if len(data) != len(span):  # never zeros or stale bytes for a short answer
-                raise ValueError(f"the engine gave {len(data)} bytes for {len(span)}")
-        except Exception as error:  # noqa: BLE001 - every kind of failure is held back alike
-            sentence = self._failure(node, span, error)
-        else:
-            self.stats.reads += 1
-            self.stats.read_bytes += len(span)
-            self._penance.forgive(node.ino, span)
-            return data
+            patience = self._penance.recall(node.ino, span, asked)
+            if patience is not None:
+                self.stats.delayed_reads += 1
+                await self._hold(patience)
+            try:
+                data = await self._engine.read(node.blob.id, span)
+                if len(data) != len(span):  # never zeros or stale bytes for a short answer
+                    raise ValueError(f"the engine gave {len(data)} bytes for {len(span)}")
+            except Exception as error:  # noqa: BLE001 - every kind of failure is held back alike
+                sentence = self._failure(node, span, error, asked, waited=patience is not None)
+                await self._hold(sentence.until)
+                self.stats.failed_reads += 1
+                raise FUSEError(sentence.errno) from None
         finally:
             del self.stats._waiting[serial]
-        raise await self._refusal(sentence)
+        self.stats.reads += 1
+        self.stats.read_bytes += len(span)
+        self._penance.forgive(node.ino, span)
+        return data
 
-    def _failure(self, node: FileNode, span: ByteSpan, error: Exception) -> Sentence:
+    def _failure(
+        self, node: FileNode, span: ByteSpan, error: Exception, asked: float, *, waited: bool
+    ) -> Sentence:
         whole = False
         if isinstance(error, ReadError):
             if 0 <= error.chunk < node.blob.shape.chunk_count:
                 span, whole = node.blob.shape.span_of(error.chunk), True
         else:
             self.stats.internal_errors += 1
-        sentence = self._penance.failed(node.ino, span, errno_of(error), trio.current_time(), whole=whole)
+        now = trio.current_time()
+        sentence = self._penance.failed(
+            node.ino, span, errno_of(error), asked, now, waited=waited, whole=whole
+        )
         where = f"bytes [{span.start}, {span.stop}) of blob {node.blob.id}"
         if not isinstance(error, ReadError):
             _log.error("A read of %s met an unforeseen error", where, exc_info=error)
@@ -272,16 +279,14 @@ class WeightOperations(pyfuse3.Operations):
             _log.warning("A read of %s failed (%d in a row): %s", where, sentence.failures, error)
         return sentence
 
-    async def _refusal(self, sentence: Sentence) -> FUSEError:
-        """Hold the answer, then give it."""
+    async def _hold(self, until: float) -> None:
+        """Wait for a time, or for the end of the mount."""
         self.stats.held += 1
         try:
-            with trio.move_on_after(sentence.hold):
+            with trio.move_on_at(until):
                 await self._stopping.wait()
         finally:
             self.stats.held -= 1
-        self.stats.failed_reads += 1
-        return FUSEError(sentence.errno)
 
     # --- the rest
 

@@ -1,9 +1,10 @@
-"""A failed range is never answered twice at once.
+"""A failed range is never answered twice at once, and never fetched again before its time.
 
-With `MAP_POPULATE` the kernel asks for a page that got EIO again, at once and without end (12,000 times a
-second on Linux 6.18). So every failing answer is held for at least `base` seconds, doubling up to `cap` while
-the same range goes on failing, and what is asked meanwhile is answered from memory, without another fetch.
-The table and the time that it remembers are bounded. Times are seconds of any monotonic clock.
+With `MAP_POPULATE` the kernel asks for a page that got EIO again, at once and without end (12,000 times a second on
+Linux 6.18). So a failing answer is held for at least `base` seconds, doubling up to `cap` while the same range goes on
+failing. A read that comes meanwhile waits for the end of that time before it is tried: it costs no fetch, and it gets
+the bytes if they have come, never an error from memory. Each failing answer thus takes `base` seconds or more from its
+question. The table and the time that it remembers are bounded. Times are seconds of any monotonic clock.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ SLOTS = 512
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """Answer `errno`, after `hold` seconds; `failures` in a row so far. `news`: nobody was told of this one yet."""
+    """Answer `errno` at the time `until`; `failures` in a row so far. `news`: nobody was told of this one yet."""
 
     errno: int
-    hold: float
+    until: float
     failures: int
-    news: bool = False
+    news: bool
 
 
 @dataclass(slots=True)
@@ -60,21 +61,30 @@ class Penance:
     def __len__(self) -> int:
         return len(self._records)
 
-    def recall(self, ino: int, span: ByteSpan, now: float) -> Sentence | None:
-        """What to answer a read of `span` without fetching, or None: fetch it."""
+    def recall(self, ino: int, span: ByteSpan, now: float) -> float | None:
+        """The time before which a read of `span` must not be tried, or None: try it now."""
         if not self._records:
             return None
-        record = self._find(ino, span)
-        if record is None or now >= record.until:
-            return None
-        # Whoever comes late waits `base` all the same: else the end of one hold would let a storm through.
-        return Sentence(record.errno, max(record.until - now, self._base), record.failures)
+        times = (record.until for key, record in self._records.items() if key[0] == ino and record.hits(span))
+        until = max(times, default=now)
+        return until if until > now else None
 
-    def failed(self, ino: int, span: ByteSpan, errno: int, now: float, *, whole: bool = False) -> Sentence:
-        """Note that `span` could not be had, and say how long to hold the answer.
+    def failed(
+        self,
+        ino: int,
+        span: ByteSpan,
+        errno: int,
+        asked: float,
+        now: float,
+        *,
+        waited: bool,
+        whole: bool = False,
+    ) -> Sentence:
+        """Note that a read that was asked at `asked` has failed `now`, and say when to answer it.
 
-        `span` is what was asked for: another read that asks for all of it is answered alike, one that asks
-        for part of it may be well. With `whole` it is a chunk that cannot be had: all reads touching it are.
+        `span` is what was asked for: another read that asks for all of it shares its fate, one that asks for part of
+        it may be well. With `whole` it is a chunk that cannot be had: all reads touching it share its fate. A read
+        that `waited` for the end of an earlier failure's time has paid already.
         """
         self._expire(now)
         key = (ino, span.start, span.stop)
@@ -90,7 +100,8 @@ class Penance:
         self._records[key] = record
         while len(self._records) > self._slots:
             self._records.popitem(last=False)
-        return Sentence(errno, max(record.until - now, self._base), record.failures, news)
+        until = max(asked + self._base, now if waited else record.until)
+        return Sentence(errno, until, record.failures, news)
 
     def forgive(self, ino: int, span: ByteSpan) -> None:
         """Bytes of `span` were read: forget the failures that this disproves."""
@@ -99,13 +110,6 @@ class Penance:
         disproved = [key for key, record in self._records.items() if key[0] == ino and record.hits(span)]
         for key in disproved:
             del self._records[key]
-
-    def _find(self, ino: int, span: ByteSpan) -> _Record | None:
-        latest: _Record | None = None
-        for key, record in self._records.items():
-            if key[0] == ino and record.hits(span) and (latest is None or record.until > latest.until):
-                latest = record
-        return latest
 
     def _expire(self, now: float) -> None:
         old = [key for key, record in self._records.items() if now >= record.until + self._memory]

@@ -404,7 +404,7 @@ class _Server:
             "most_waiting": self.engine.most_waiting,
             "reads": self.stats.reads,
             "failed_reads": self.stats.failed_reads,
-            "refused_reads": self.stats.refused_reads,
+            "delayed_reads": self.stats.delayed_reads,
             "held": self.stats.held,
             "internal_errors": self.stats.internal_errors,
             "in_flight": len(list(self.stats.in_flight(trio.current_time()))),
