@@ -115,6 +115,20 @@ class Durable:
 
 
 @dataclass(frozen=True, slots=True)
+class Undone:
+    """`nbytes` of landed chunks will not become durable: dropped before that or, with a `failure`, refused by
+    the cache.
+
+    Then the blob is held, each time for longer until something of it is `Durable`: fetching what cannot be kept again
+    and again would be for nothing. To be fed before the chunks are `Dropped`.
+    """
+
+    blob: BlobId
+    nbytes: int
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Mismatched:
     """The chunk's digest was not the trusted one; nothing was written; the job goes on with the next chunk."""
 
@@ -169,7 +183,7 @@ class Tick:
 
 
 JobEvent = Landed | Mismatched | Trimmed | Done | Failed
-BlobEvent = Remirrored | Need | Want | Fill | Durable | Dropped | Punched
+BlobEvent = Remirrored | Need | Want | Fill | Durable | Undone | Dropped | Punched
 Event = JobEvent | BlobEvent | Added | Removed | Withdrawn | Tick
 
 # ---- commands

@@ -23,6 +23,7 @@ from weightfs.core.retry import delay, is_permanent
 from weightfs.errors import FailureKind
 
 _BLOB = -1  # in place of a chunk number: the blob as a whole
+_DISK = -2  # the same, where chunks land and cannot be recorded
 
 
 class Faults:
@@ -83,6 +84,14 @@ class Faults:
             blob.strikes.pop(job.mirror, None)
             blob.burials.pop(job.mirror, None)
             blob.holds.pop(_BLOB, None)
+
+    def recorded(self, blob: BlobPlan) -> None:
+        """Chunks became durable."""
+        blob.holds.pop(_DISK, None)
+
+    def unrecorded(self, blob: BlobPlan, failure: Failure, now: float) -> None:
+        """The cache could not keep what landed. That chunks land says nothing about it: such holds count apart."""
+        self._give_up(blob, failure, now, _DISK)
 
     def forgive(self, blob: BlobPlan) -> None:
         """Forget all past faults: the mirrors are new."""
@@ -264,9 +273,9 @@ class Faults:
             blob.mismatches.pop(chunk, None)
         self._ledger.available(blob, chunk)
 
-    def _give_up(self, blob: BlobPlan, failure: Failure, now: float) -> None:
+    def _give_up(self, blob: BlobPlan, failure: Failure, now: float, why: int = _BLOB) -> None:
         failure = replace(failure, chunk=-1)
-        until = now + self._hold_time(blob, _BLOB)
+        until = now + self._hold_time(blob, why)
         blob.failed = (until, failure)
         blob.rounds = blob.worker_deaths = 0
         blob.tried.clear()

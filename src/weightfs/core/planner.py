@@ -129,7 +129,7 @@ class Planner:
             case plan.Landed() | plan.Mismatched() | plan.Trimmed() | plan.Done() | plan.Failed():
                 self._job_event(event, now)
             case _:
-                self._blob_event(event)
+                self._blob_event(event, now)
         self._scheduler.run(now)
         self._scheduler.set_alarm(now, ticked=isinstance(event, plan.Tick))
         return self._ledger.out
@@ -161,7 +161,7 @@ class Planner:
         elif left:
             self._faults.ended_early(job, now)
 
-    def _blob_event(self, event: plan.BlobEvent) -> None:
+    def _blob_event(self, event: plan.BlobEvent, now: float) -> None:
         blob = self._ledger.blobs.get(event.blob)
         if blob is None:  # it was removed meanwhile
             if isinstance(event, plan.Need):
@@ -177,14 +177,21 @@ class Planner:
                 blob.wants = [*blob.wants[-(MAX_WANTS - 1) :], span]
             case plan.Fill(_, on):
                 self._scheduler.set_fill(blob, on)
-            case plan.Durable(_, nbytes):
-                blob.undurable = max(0, blob.undurable - nbytes)
+            case plan.Durable() | plan.Undone():
+                self._settled(blob, event, now)
             case plan.Dropped(_, chunks):
                 self._ledger.drop(blob, chunks)
             case plan.Punched(_, chunks):
                 self._ledger.punch(blob, chunks)
             case plan.Remirrored(_, mirrors):
                 self._remirrored(blob, mirrors)
+
+    def _settled(self, blob: BlobPlan, event: plan.Durable | plan.Undone, now: float) -> None:
+        blob.undurable = max(0, blob.undurable - event.nbytes)
+        if isinstance(event, plan.Durable):
+            self._faults.recorded(blob)
+        elif event.failure is not None:
+            self._faults.unrecorded(blob, event.failure, now)
 
     def _removed(self, blob_id: BlobId) -> None:
         if blob := self._ledger.blobs.get(blob_id):
