@@ -116,8 +116,7 @@ class Durable:
 
 @dataclass(frozen=True, slots=True)
 class Undone:
-    """`nbytes` of landed chunks will not become durable: dropped before that or, with a `failure`, refused by
-    the cache.
+    """`nbytes` of landed chunks will not become durable: they are dropped or, with a `failure`, the cache refused them.
 
     Then the blob is held, each time for longer until something of it is `Durable`: fetching what cannot be kept again
     and again would be for nothing. To be fed before the chunks are `Dropped`.
