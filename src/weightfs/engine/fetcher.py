@@ -123,6 +123,7 @@ class Fetcher:
         what = f"chunk {failure.chunk} of {state.ref}" if failure.chunk >= 0 else state.ref
         log.error("%s cannot be fetched for now: %s", what, failure.text)
         state.gave_up.set()
+        state.notify()  # who waits for the trust of the whole (policy) is told as well
 
     def handle(self, message: wire.FromWorker) -> None:
         """What a worker said about a fetch."""

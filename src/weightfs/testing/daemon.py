@@ -52,7 +52,7 @@ def until(condition: Callable[[], T], what: str) -> T:
 
 
 class Daemon:
-    """A cache and a mount point below `root`, and the daemon that serves them: `start`, `stop` or `kill`, `start` …
+    """A cache and a mount point below `root`, and the daemon that serves them, one life after another.
 
     Args:
         root: An empty directory; it gets `cache` and `mnt`.
@@ -160,7 +160,8 @@ class Daemon:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.upper().startswith(("WEIGHTFS_", "XDG_", "NOTIFY_")) and not name.upper().endswith("_PROXY")
+            if not name.upper().startswith(("WEIGHTFS_", "XDG_", "NOTIFY_"))
+            and not name.upper().endswith("_PROXY")
         }
         empty = Path(self._home.name) / "config.toml"
         empty.touch()
@@ -214,7 +215,9 @@ class Daemon:
     def file(self, ref: str) -> dict[str, Any]:
         """The status of a ref's only file."""
         name = str(parse_ref(ref))
-        files: list[dict[str, Any]] = next(one["files"] for one in self.status()["refs"] if one["ref"] == name)
+        files: list[dict[str, Any]] = next(
+            one["files"] for one in self.status()["refs"] if one["ref"] == name
+        )
         assert len(files) == 1
         return files[0]
 
