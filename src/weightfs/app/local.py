@@ -16,6 +16,7 @@ from typing import Final
 
 import trio
 
+from weightfs.app.settings import with_header_origins
 from weightfs.control.client import find_daemon
 from weightfs.control.operations import EngineOperations, ProcessInfo
 from weightfs.control.ports import Operations
@@ -47,11 +48,18 @@ async def open_local(
     info: ProcessInfo, settings: EngineSettings, *, create: bool, serve_control: bool
 ) -> AsyncIterator[tuple[Engine, EngineOperations]]:
     """An engine on the cache, and the operations on it; with `serve_control`, other commands can ask them too."""
-    async with (
-        open_cache(info.cache, create=create) as cache,
-        open_engine(cache, settings) as engine,
-        trio.open_nursery() as nursery,
-    ):
+    async with open_cache(info.cache, create=create) as cache:
+        stored = await trio.to_thread.run_sync(cache.refs)
+        settings = with_header_origins(settings, [one.manifest.ref for one in stored])
+        async with _open_operations(info, settings, cache, serve_control=serve_control) as pair:
+            yield pair
+
+
+@contextlib.asynccontextmanager
+async def _open_operations(
+    info: ProcessInfo, settings: EngineSettings, cache: Cache, *, serve_control: bool
+) -> AsyncIterator[tuple[Engine, EngineOperations]]:
+    async with open_engine(cache, settings) as engine, trio.open_nursery() as nursery:
         operations = EngineOperations(engine, info, nursery)
         if serve_control:
             await _start_control(nursery, operations, info.cache)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from weightfs.config import Config
@@ -39,6 +40,18 @@ def fetch_settings(
         chunks=chunks,
         policy=config.policy,
     )
+
+
+def with_header_origins(settings: EngineSettings, refs: Iterable[str]) -> EngineSettings:
+    """The same, with the hosts of `refs` among those that get the configured headers.
+
+    A fetch worker never resolves a ref, so it has to be told whose own hosts these are.
+    """
+    urls = {ref.partition("#")[0] for ref in refs if ref.startswith(("http://", "https://"))}
+    if not settings.fetch.headers or not urls:
+        return settings
+    origins = tuple(sorted({*settings.fetch.header_origins, *urls}))
+    return replace(settings, fetch=replace(settings.fetch, header_origins=origins))
 
 
 def engine_settings(

@@ -39,7 +39,7 @@ Settings come from options, WEIGHTFS_… variables and a TOML file with the same
 """
 
 
-@click.group(cls=WeightfsGroup, context_settings=CONTEXT_SETTINGS, epilog=EPILOG)
+@click.group("weightfs", cls=WeightfsGroup, context_settings=CONTEXT_SETTINGS, epilog=EPILOG)
 @click.version_option(weightfs.__version__, prog_name="weightfs", message="%(prog)s %(version)s")
 def cli() -> None:
     """Model weights, without the wait: a lazy, verifying filesystem for model files.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -76,16 +75,12 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     match error:
         case click.exceptions.Exit():
             code, text = error.exit_code, ""
-        case SystemExit():
+        case SystemExit():  # also click's quiet end when the reader of our output has gone (`weightfs ls | head`)
             code, text = error.code if isinstance(error.code, int) else 1, ""
         case Stopped():
             code, text = 128 + error.signum, str(error)
         case KeyboardInterrupt() | click.Abort():
             code, text = 128 + signal.SIGINT, "stopped"
-        case BrokenPipeError():
-            # The reader of our output has gone (`weightfs ls | head`); nothing more can be told there.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code, text = 128 + signal.SIGPIPE, ""
         case click.UsageError():
             path = error.ctx.command_path if error.ctx is not None else "weightfs"
             code, text = error.exit_code, f"{_sentence(error.format_message())}; see `{path} --help`"

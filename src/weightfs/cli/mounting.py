@@ -75,7 +75,7 @@ def _told_by_the_log(_: Sequence[str]) -> None:
 
 def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str, ...]) -> MountOrder:
     from weightfs.app.daemon import MountOrder
-    from weightfs.app.settings import check_chunks, engine_settings, fetch_settings
+    from weightfs.app.settings import check_chunks, engine_settings, fetch_settings, with_header_origins
     from weightfs.mount.session import MountOptions
 
     chunks = ctx.params["chunks"]
@@ -91,7 +91,7 @@ def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str,
         mountpoint=place,
         cache=config.cache,
         refs=tuple(parsed),
-        engine=engine_settings(config, fetch, mounted=True),
+        engine=with_header_origins(engine_settings(config, fetch, mounted=True), map(str, parsed)),
         mount=MountOptions(allow_other=config.allow_other),
     )
 

@@ -62,7 +62,7 @@ def pull(
     parsed = parse_refs(refs)
     import trio
 
-    from weightfs.app.settings import check_chunks, engine_settings, fetch_settings
+    from weightfs.app.settings import check_chunks, engine_settings, fetch_settings, with_header_origins
     from weightfs.cli.progress import make_progress
     from weightfs.engine.settings import FillMode
 
@@ -70,6 +70,7 @@ def pull(
     check_chunks(chunks, len(parsed))
     fetch = fetch_settings(config, chunks=chunks)
     settings = engine_settings(config, fetch, mounted=False, fill=FillMode.NEVER)
+    settings = with_header_origins(settings, map(str, parsed))
     with make_progress(quiet=quiet or as_json) as progress:
         work = _Pull(ctx, config, settings, parsed, refresh, progress)
         signum = trio.run(work.run)
