@@ -5,8 +5,8 @@ all connections together, each `latency / 2` seconds after it was sent, in both 
 pays one `latency` for its handshake. `limit_rate` of nginx counts per connection, which favours clients with
 many; netem needs root and a kernel that has it. Not modelled: loss, and TCP's slow start.
 
-Runs as a process of its own, so that neither side pays for it: `python -m weightfs.testing.link --help`;
-scripts use `Link`.
+Runs as a process of its own, so that neither side pays for it, and until its stdin ends: `python -m
+weightfs.testing.link --help`; scripts use `Link`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ async def _serve(client: trio.SocketStream, *, port: int, down: _Wire, up: _Wire
 
 
 async def relay(targets: Sequence[int], *, rate: float, latency: float) -> None:
-    """Relay loopback connections to `targets` for ever; prints the ports it listens on, in their order."""
+    """Relay loopback connections to `targets` until stdin ends; prints the ports it listens on, in their order."""
     down, up = _Wire(rate, latency / 2), _Wire(UNLIMITED, latency / 2)
     async with trio.open_nursery() as nursery:
         ports = []
@@ -93,6 +93,8 @@ async def relay(targets: Sequence[int], *, rate: float, latency: float) -> None:
             handler = partial(_serve, port=port, down=down, up=up)
             nursery.start_soon(trio.serve_listeners, handler, listeners)
         print(*ports, flush=True)  # noqa: T201  the protocol with the parent
+        await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)  # it ends with the parent
+        nursery.cancel_scope.cancel()
 
 
 class Link:
@@ -111,7 +113,9 @@ class Link:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "weightfs.testing.link", *self._arguments]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603  our own module
+        self._process = subprocess.Popen(  # noqa: S603  our own module
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         assert self._process.stdout is not None
         self.ports = tuple(map(int, self._process.stdout.readline().split()))
         if not self.ports:
@@ -139,10 +143,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=UNLIMITED, help="bytes per second, all together")
     parser.add_argument("--latency", type=float, default=0.0, help="round trip in seconds")
     arguments = parser.parse_args()
-    try:
-        trio.run(partial(relay, arguments.ports, rate=arguments.rate, latency=arguments.latency))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    trio.run(partial(relay, arguments.ports, rate=arguments.rate, latency=arguments.latency))
 
 
 if __name__ == "__main__":
