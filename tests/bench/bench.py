@@ -81,7 +81,7 @@ def main() -> int:
     selected = chosen(arguments.only)
     signal.signal(signal.SIGTERM, on_signal)
     measures: list[Measure] = []
-    failures: list[str] = []
+    failures: dict[str, str] = {}
     with contextlib.ExitStack() as ends:
         parent = arguments.work or Path(tempfile.gettempdir())
         work = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-bench-", dir=parent)))
@@ -96,15 +96,13 @@ def main() -> int:
             try:
                 found = row(bench)
             except (BenchError, OSError) as error:
-                failures.append(f"{key}: {error}")
+                failures[f"NOT MEASURED {key}"] = str(error)
                 print(f"bench: {key} failed: {error}", file=sys.stderr, flush=True)
                 continue
             measures += found if isinstance(found, list) else [found]
             print(f"bench: {key} took {time.monotonic() - started:.0f} s", flush=True)
             write(BUILD, measures, about)  # an interrupted run keeps what it has
-    for failure in failures:
-        about[f"NOT MEASURED {failure.split(':')[0]}"] = failure
-    print(write(BUILD, measures, about))
+    print(write(BUILD, measures, about | failures))
     return 1 if failures else 0
 
 
