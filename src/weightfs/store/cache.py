@@ -290,6 +290,10 @@ class Cache:
             self._prepared.add(id)
         return path
 
+    def file_identity(self, id: BlobId) -> tuple[int, int] | None:  # noqa: A002
+        """Device and inode of the file that `read` reads: whoever writes must write that one. Memory."""
+        return self._files.identity(id)
+
     def read(self, id: BlobId, span: ByteSpan) -> bytes:  # noqa: A002
         """Exactly the bytes of `span` from the file. DiskFault on EIO, and on a missing, replaced or short file.
 

@@ -132,6 +132,11 @@ class SparseFiles:
             os.close(descriptor)
         return path
 
+    def identity(self, blob: BlobId) -> tuple[int, int] | None:
+        """(device, inode) of the file that counts as the blob's in this session; None before it was prepared."""
+        with self._lock:
+            return self._seen.get(blob)
+
     def status(self, blob: BlobId) -> os.stat_result | None:
         """`lstat` of the blob's file; None if there is none."""
         try:
