@@ -37,12 +37,23 @@ def test_the_second_read_asks_for_one_chunk_beyond_its_own() -> None:
     assert ahead.observe(ByteSpan(REQUEST, 2 * REQUEST), True) == ChunkSpan(1, 2)
 
 
-def test_the_window_doubles_once_per_chunk_that_stalled_up_to_the_bound() -> None:
-    got = widths(ReadAhead(SHAPE, max_window=16 * MIB), reads(0, 8 * 8))
-    assert [got[8 * chunk : 8 * chunk + 8] for chunk in range(8)] == [
+def test_the_window_doubles_when_as_much_was_read_and_the_reader_still_waits() -> None:
+    got = widths(ReadAhead(SHAPE, max_window=16 * MIB), reads(0, 24 * 8))
+    assert [got[8 * chunk : 8 * chunk + 8] for chunk in range(24)] == [
         [0] + [1] * 7,  # eight requests wait for chunk 0: one wait
-        *[[width] * 8 for width in (2, 4, 8, 16, 16, 16, 16)],
+        *[[width] * 8 for width in (2, 2, 4, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, *[16] * 9)],
     ]
+
+
+def test_no_more_is_ahead_than_was_read() -> None:
+    ahead = ReadAhead(SHAPE)
+    for span in reads(0, 100, MIB):
+        window = ahead.observe(span, True)
+        assert window is None or len(window) <= span.stop // MIB
+
+
+def test_the_kernels_own_window_in_parallel_requests_is_one_wait() -> None:
+    assert max(widths(ReadAhead(SHAPE), reads(100 * MIB, 4, MIB))) <= 4
 
 
 def test_a_reader_that_never_waits_keeps_one_chunk() -> None:
@@ -51,26 +62,26 @@ def test_a_reader_that_never_waits_keeps_one_chunk() -> None:
 
 def test_a_window_stays_when_the_stalls_end() -> None:
     ahead = ReadAhead(SHAPE)
-    assert widths(ahead, reads(0, 32))[-1] == 8
-    assert set(widths(ahead, reads(4 * MIB, 32), stalled=False)) == {8}
+    assert widths(ahead, reads(0, 32))[-1] == 4
+    assert set(widths(ahead, reads(4 * MIB, 32), stalled=False)) == {4}
 
 
 @pytest.mark.parametrize(
     ("max_window", "widest"), [(0, 0), (MIB - 1, 0), (MIB, 1), (3 * MIB, 3), (64 * MIB, 64)]
 )
 def test_max_window_bounds_and_turns_off(max_window: int, widest: int) -> None:
-    assert max(widths(ReadAhead(SHAPE, max_window=max_window), reads(0, 20 * 8))) == widest
+    assert max(widths(ReadAhead(SHAPE, max_window=max_window), reads(0, 80 * 8))) == widest
 
 
 def test_the_window_may_be_lowered_and_raised_while_reading() -> None:
     ahead = ReadAhead(SHAPE)
-    assert widths(ahead, reads(0, 5 * 8))[-1] == 16
+    assert widths(ahead, reads(0, 16 * 8))[-1] == 16
     ahead.max_window = 2 * MIB
-    assert set(widths(ahead, reads(5 * MIB, 16), stalled=False)) == {2}
+    assert set(widths(ahead, reads(16 * MIB, 16), stalled=False)) == {2}
     ahead.max_window = 0
-    assert set(widths(ahead, reads(7 * MIB, 16))) == {0}
+    assert set(widths(ahead, reads(18 * MIB, 16))) == {0}
     ahead.max_window = 64 * MIB
-    assert widths(ahead, reads(9 * MIB, 8 * 8))[-1] >= 8
+    assert widths(ahead, reads(20 * MIB, 16 * 8))[-1] >= 8
 
 
 @given(st.integers(0, 1 << 32), st.integers(2, 12))
@@ -93,12 +104,12 @@ def test_requests_that_arrive_swapped() -> None:
 
 def test_eight_interleaved_streams_each_have_their_window() -> None:
     ahead = ReadAhead(SHAPE, max_window=8 * MIB)
-    streams = [reads(n * 200 * MIB, 48) for n in range(8)]
+    streams = [reads(n * 200 * MIB, 64) for n in range(8)]
     last = {}
     for turn in zip(*streams, strict=True):
         for n, span in enumerate(turn):
             last[n] = ahead.observe(span, True)
-    assert last == {n: ChunkSpan(200 * n + 6, 200 * n + 14) for n in range(8)}
+    assert last == {n: ChunkSpan(200 * n + 8, 200 * n + 16) for n in range(8)}
 
 
 def test_a_ninth_stream_displaces_the_least_recent() -> None:
@@ -141,7 +152,7 @@ def test_a_page_read_over_and_over_is_no_credit_for_a_leap() -> None:
 
 def test_a_stream_with_small_gaps_is_one() -> None:
     # Pages that the kernel still has are not asked for again.
-    spans = [span for n, span in enumerate(reads(0, 40 * 8)) if n % 4]
+    spans = [span for n, span in enumerate(reads(0, 80 * 8)) if n % 4]
     assert max(widths(ReadAhead(SHAPE), spans)) == 64
 
 
@@ -167,7 +178,7 @@ def test_a_read_again_asks_for_nothing() -> None:
 def test_a_second_pass_is_a_stream_of_its_own() -> None:
     ahead = ReadAhead(SHAPE)
     widths(ahead, reads(0, 20 * 8))
-    assert widths(ahead, reads(0, 3 * 8))[-1] == 4
+    assert widths(ahead, reads(0, 4 * 8))[-1] == 4
 
 
 @pytest.mark.parametrize(("beyond", "one_stream"), [(REORDER, True), (REORDER + 1, False)])
@@ -191,7 +202,7 @@ def test_how_far_behind_the_frontier_a_stream_reaches(behind: int, one_stream: b
 def test_llama_cpp_tail_then_head_then_all() -> None:
     ahead = ReadAhead(SHAPE)
     assert ahead.observe(ByteSpan(SHAPE.size - PAGE, SHAPE.size), True) is None
-    assert widths(ahead, reads(0, 8 * 8))[-1] == 64
+    assert widths(ahead, reads(0, 64 * 8))[-1] == 64
 
 
 def test_never_past_the_end() -> None:

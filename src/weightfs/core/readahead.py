@@ -1,8 +1,10 @@
 """What to fetch ahead of the readers of one inode.
 
 Rules: nothing is fetched ahead of a single read; the window of a stream doubles only because a reader had to
-wait, and once per chunk at most, so that eight parallel 128 KiB requests that wait for one chunk count as one
-wait; a read that goes back, or lands near a stream by chance, neither moves nor grows anything.
+wait, and only after a whole window was read, so that no more is on its way than the stream has read already
+(the kernel's own window, 4 MiB in parallel requests that all wait, is one wait, and a loader that takes one
+tensor of a big file pays for few neighbours); a read that goes back, or lands near a stream by chance, neither
+moves nor grows anything.
 
 The kernel turns one reader into requests of 128 KiB to 1 MiB, several in flight, which arrive out of order;
 several threads, or a loader that copies tensor after tensor, read at several places at once. So streams
@@ -76,7 +78,7 @@ class ReadAhead:
         if not stream.follow(span):
             return None
         longest = self.max_window // self._shape.chunk_length
-        if stalled and covered.stop > stream.grown_at:
+        if stalled and covered.stop >= stream.grown_at + stream.window:
             stream.window = max(1, min(2 * stream.window, longest))
             stream.grown_at = covered.stop
         stop = min(covered.stop + min(stream.window, longest), self._shape.chunk_count)
