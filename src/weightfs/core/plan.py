@@ -92,7 +92,7 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Switch background fill of a blob on or off."""
+    """Switch background fill of a blob on or off. On, it goes on for what is dropped later, too."""
 
     blob: BlobId
     on: bool

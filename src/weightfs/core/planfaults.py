@@ -7,7 +7,7 @@ Rules:
 - One trouble counts once: what a job says is news only if the job was issued after the last counted failure of its
   mirror (`seen`) and after the blob's last pause (`first_job`). Job numbers tell, not clocks.
 - A round ends, with a growing pause, when every living mirror had its turn (`tried`) and failed since bytes last came.
-  Mirrors without ranges (`streamers`) take a turn only after a round of the others.
+  Mirrors without ranges (`streamers`) take turns only after a round of the others (`desperate`).
 - A mirror is not asked before the end of its Retry-After (`later`).
 - Nobody's fault (worker, cancelled, cache) is blamed on a mirror.
 """
@@ -54,7 +54,7 @@ class Faults:
                 if (
                     job.trim_at is None
                 ):  # nobody asked for it: whoever does that again and again must not spin
-                    self.pause(blob, now + self._limits.backoff_base)
+                    self.pause(blob, now + self._limits.backoff_base, now)
             case FailureKind.NO_RANGES if not job.whole:
                 blob.streamers.add(job.mirror)
             case FailureKind.NO_SPACE | FailureKind.DISK:
@@ -62,14 +62,14 @@ class Faults:
                     self._give_up(blob, failure, now)
             case FailureKind.WORKER:
                 if job.id >= blob.first_job:
-                    self._worker_died(blob, failure, jitter, now)
+                    self._worker_died(blob, job.mirror, failure, jitter, now)
             case _:
                 self._mirror_failed(blob, job, failure, jitter, now)
 
     def ended_early(self, job: Job, now: float) -> None:
         """The job said that it is done, and had not landed all: a turn of its mirror, which must not spin."""
-        job.blob.tried.add(job.mirror)
-        self.pause(job.blob, now + self._limits.backoff_base)
+        self._take_turn(job.blob, job.mirror, now)
+        self.pause(job.blob, now + self._limits.backoff_base, now)
 
     def succeeded(self, job: Job, chunk: int, now: float) -> None:
         """A chunk landed. A job that is older than the trouble says nothing about the trouble."""
@@ -80,6 +80,7 @@ class Faults:
         blob.holds.pop(chunk, None)
         if job.id >= max(blob.first_job, blob.seen.get(job.mirror, 0)):
             blob.rounds = blob.worker_deaths = 0
+            blob.desperate = False
             blob.tried.clear()
             blob.strikes.pop(job.mirror, None)
             blob.burials.pop(job.mirror, None)
@@ -96,6 +97,7 @@ class Faults:
     def forgive(self, blob: BlobPlan) -> None:
         """Forget all past faults: the mirrors are new."""
         blob.rounds = blob.worker_deaths = 0
+        blob.desperate = False
         blob.first_job = self._ledger.next_job
         blob.retry_at = PAST
         blob.failed = None
@@ -145,15 +147,15 @@ class Faults:
             if chunk in blob.mismatches:
                 self._park(blob, chunk, until)
             else:
-                self.pause(blob, until)
+                self.pause(blob, until, now)
             return frozenset()
         # All had their turn and no pause: those that are left for this chunk alone. Failing again ends the round.
         return self._with_turn(blob, ready) - blob.tried or self._with_turn(blob, ready)
 
-    def pause(self, blob: BlobPlan, until: float) -> None:
+    def pause(self, blob: BlobPlan, until: float, now: float) -> None:
         """Start nothing of the blob before `until`."""
         blob.first_job = self._ledger.next_job
-        if until > blob.retry_at:
+        if until > max(now, blob.retry_at):
             blob.retry_at = until
             self._ledger.timers.add(until, blob)
 
@@ -174,7 +176,7 @@ class Faults:
     def _with_turn(blob: BlobPlan, ready: frozenset[int]) -> frozenset[int]:
         """A whole stream blocks everything else of the blob: not because one range failed once."""
         ranged = ready - blob.streamers
-        return ranged if ranged and not blob.rounds else ready
+        return ranged if ranged and not blob.desperate else ready
 
     def _mirror_failed(self, blob: BlobPlan, job: Job, failure: Failure, jitter: float, now: float) -> None:
         mirror = job.mirror
@@ -191,7 +193,7 @@ class Faults:
                 self._turn_failed(blob, mirror, failure, jitter, now)
         living = self._living(blob, now)
         if living and not blob.failed and not self._ready(blob, living, now):
-            self.pause(blob, min(blob.later[mirror] for mirror in living))
+            self.pause(blob, min(blob.later[mirror] for mirror in living), now)
 
     def _struck_out(self, blob: BlobPlan, mirror: int, kind: FailureKind) -> bool:
         if kind not in (FailureKind.PROTOCOL, FailureKind.NO_RANGES):
@@ -208,14 +210,23 @@ class Faults:
 
     def _turn_failed(self, blob: BlobPlan, mirror: int, failure: Failure, jitter: float, now: float) -> None:
         again = mirror in blob.tried
-        blob.tried.add(mirror)
-        ready = self._ready(blob, self._living(blob, now), now)
-        if again or self._with_turn(blob, ready) <= blob.tried:
+        if self._take_turn(blob, mirror, now) or again:
             blob.rounds += 1
             blob.tried.clear()
             self._retry_or_give_up(blob, blob.rounds, failure, jitter, now)
 
-    def _worker_died(self, blob: BlobPlan, failure: Failure, jitter: float, now: float) -> None:
+    def _take_turn(self, blob: BlobPlan, mirror: int, now: float) -> bool:
+        """Whether every mirror that may be asked has now had its turn; then they all may have another."""
+        blob.tried.add(mirror)
+        ready = self._ready(blob, self._living(blob, now), now)
+        if not self._with_turn(blob, ready) <= blob.tried:
+            return False
+        blob.tried.clear()
+        blob.desperate = True
+        return True
+
+    def _worker_died(self, blob: BlobPlan, mirror: int, failure: Failure, jitter: float, now: float) -> None:
+        self._take_turn(blob, mirror, now)  # not blamed; but if its answers kill workers, others go first
         blob.worker_deaths += 1
         if blob.worker_deaths == 1 and self._limits.max_retries != 0:
             blob.first_job = (
@@ -232,7 +243,8 @@ class Faults:
             self._give_up(blob, failure, now)
             return
         base, cap = limits.backoff_base, limits.backoff_cap
-        self.pause(blob, now + delay(tries - 1, base=base, cap=cap, retry_after=None, jitter=jitter))
+        wait = delay(tries - 1, base=base, cap=cap, retry_after=None, jitter=jitter)
+        self.pause(blob, now + wait, now)
 
     # ---- holds
 
@@ -278,7 +290,6 @@ class Faults:
         until = now + self._hold_time(blob, why)
         blob.failed = (until, failure)
         blob.rounds = blob.worker_deaths = 0
-        blob.tried.clear()
         blob.first_job = self._ledger.next_job
         self._ledger.timers.add(until, blob)
         self._ledger.wake_failed(blob, list(blob.waiting), failure)

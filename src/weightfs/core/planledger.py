@@ -54,6 +54,7 @@ class BlobPlan:
     stream_rate: float = 0.0  # bytes/s of one job, smoothed
     # Faults: `planfaults` says what they mean.
     rounds: int = 0
+    desperate: bool = False
     tried: set[int] = field(default_factory=set)
     seen: dict[int, int] = field(default_factory=dict)
     first_job: int = 0

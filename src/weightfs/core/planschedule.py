@@ -137,8 +137,6 @@ class Scheduler:
         return _Outcome.BLOCKED
 
     def _start_fill(self, blob: BlobPlan, now: float) -> _Outcome:
-        if blob.present.full:
-            blob.fill = False
         if not blob.fill or self._gives_way(blob, now):
             return _Outcome.BLOCKED
         start = blob.taken.first_hole(blob.cursor)
