@@ -37,7 +37,9 @@ class FailureKind(enum.StrEnum):
     RESET = "reset"  # the connection ended amid headers or body
     SHORT = "short"  # the body ended before the promised length
     BUSY = "busy"  # 408, 425, 429, 500, 502, 503, 504: honours Retry-After
-    PROTOCOL = "protocol"  # wrong Content-Range, encoding, length, status: this mirror cannot be trusted with ranges
+    PROTOCOL = (
+        "protocol"  # wrong Content-Range, encoding, length, status: this mirror cannot be trusted with ranges
+    )
     NO_RANGES = "no_ranges"  # 200 to a range request: only a whole stream can be had
     REDIRECT = "redirect"  # loop, too many, forbidden scheme or address
     TLS = "tls"  # certificate or handshake refused
@@ -81,7 +83,13 @@ class SourceError(WeightfsError):
     exit_code = 3
 
     def __init__(
-        self, message: str, *, kind: FailureKind, mirror: str = "", status: int | None = None, retry_after: float | None = None
+        self,
+        message: str,
+        *,
+        kind: FailureKind,
+        mirror: str = "",
+        status: int | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.kind = kind
@@ -159,7 +167,9 @@ class ReadError(WeightfsError):
     `ref` and `chunk` name what was wanted, `mirror` the last one that was asked.
     """
 
-    def __init__(self, message: str, *, kind: FailureKind, ref: str = "", chunk: int = -1, mirror: str = "") -> None:
+    def __init__(
+        self, message: str, *, kind: FailureKind, ref: str = "", chunk: int = -1, mirror: str = ""
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.ref = ref

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from weightfs.core.geometry import MIB, ByteSpan
-from weightfs.core.manifest import Policy, Trust
+from weightfs.core.manifest import Blob, Manifest, Policy, Trust
 from weightfs.core.metalink import write_metalink
 from weightfs.core.plan import Limits
 from weightfs.core.ref import parse_ref
@@ -29,7 +29,7 @@ SIZE = 12 * MIB + 12345
 LAZY = EngineSettings(workers=0, fill=FillMode.NEVER)
 
 
-def blob_of(manifest):
+def blob_of(manifest: Manifest) -> Blob:
     return manifest.entries[0].blob
 
 
@@ -57,7 +57,9 @@ def publish(path: Path, *urls: str) -> None:
     path.with_name(path.name + ".meta4").write_bytes(write_metalink(describe(path, list(urls))))
 
 
-async def test_a_read_fetches_the_chunks_that_it_touches(tmp_path: Path, published: Nginx, content: bytes) -> None:
+async def test_a_read_fetches_the_chunks_that_it_touches(
+    tmp_path: Path, published: Nginx, content: bytes
+) -> None:
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         blob = blob_of(await engine.add(parse_ref(published.url("m.bin"))))
         assert blob.size == SIZE
@@ -69,7 +71,9 @@ async def test_a_read_fetches_the_chunks_that_it_touches(tmp_path: Path, publish
         assert await engine.read(blob.id, ByteSpan(SIZE - 5, SIZE)) == content[-5:]
 
 
-async def test_a_published_file_is_attested_then_verified(tmp_path: Path, published: Nginx, content: bytes) -> None:
+async def test_a_published_file_is_attested_then_verified(
+    tmp_path: Path, published: Nginx, content: bytes
+) -> None:
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         ref = parse_ref(published.url("m.bin"))
         blob = blob_of(await engine.add(ref))
@@ -168,7 +172,9 @@ async def test_a_chunk_that_the_disk_lost_is_fetched_again_at_first_touch_after_
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         await engine.quiet()
         shutil.copytree(tmp_path / "cache", tmp_path / "crashed")  # not closed: an unclean stop
-    files = [path for path in (tmp_path / "crashed").rglob("*") if path.is_file() and path.stat().st_size == SIZE]
+    files = [
+        path for path in (tmp_path / "crashed").rglob("*") if path.is_file() and path.stat().st_size == SIZE
+    ]
     assert len(files) == 1
     with files[0].open("r+b") as file:
         file.seek(4 * MIB + 5)
@@ -181,7 +187,9 @@ async def test_a_chunk_that_the_disk_lost_is_fetched_again_at_first_touch_after_
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-async def test_fill_completes_what_was_opened(tmp_path: Path, published: Nginx, content: bytes, workers: int) -> None:
+async def test_fill_completes_what_was_opened(
+    tmp_path: Path, published: Nginx, content: bytes, workers: int
+) -> None:
     settings = EngineSettings(workers=workers, fill=FillMode.OPENED)
     async with running_engine(tmp_path / "cache", settings) as engine:
         blob = blob_of(await engine.add(parse_ref(published.url("m.bin"))))
@@ -227,7 +235,9 @@ async def test_a_removed_ref_leaves_nothing(tmp_path: Path, published: Nginx) ->
             await engine.remove(str(ref))
 
 
-async def test_verify_finds_and_repairs_one_flipped_bit(tmp_path: Path, published: Nginx, content: bytes) -> None:
+async def test_verify_finds_and_repairs_one_flipped_bit(
+    tmp_path: Path, published: Nginx, content: bytes
+) -> None:
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         ref = parse_ref(published.url("m.bin"))
         blob = blob_of(await engine.add(ref))
@@ -250,7 +260,9 @@ async def test_verify_finds_and_repairs_one_flipped_bit(tmp_path: Path, publishe
         assert await engine.read(blob.id, ByteSpan(0, SIZE)) == content
 
 
-async def test_hold_gives_nothing_before_the_whole_is_verified(tmp_path: Path, origin: Nginx, content: bytes) -> None:
+async def test_hold_gives_nothing_before_the_whole_is_verified(
+    tmp_path: Path, origin: Nginx, content: bytes
+) -> None:
     import hashlib
 
     digest = hashlib.sha256(content).hexdigest()

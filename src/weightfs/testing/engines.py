@@ -17,7 +17,9 @@ QUIET_SECONDS = 30.0
 
 
 @asynccontextmanager
-async def running_engine(root: Path, settings: EngineSettings | None = None, *, calm: bool = True) -> AsyncIterator[Engine]:
+async def running_engine(
+    root: Path, settings: EngineSettings | None = None, *, calm: bool = True
+) -> AsyncIterator[Engine]:
     """An engine on the cache at `root`. With `calm`, waits at the end until nothing is in flight, and checks memory.
 
     The index and the files are always checked, every recorded chunk hashed. AssertionError with the sentences found.
