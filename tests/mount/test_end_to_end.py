@@ -134,7 +134,8 @@ def test_random_reads_of_any_length(stage: Stage, seed: int) -> None:
 
 def test_sixty_four_threads_fault_one_cold_mapping(stage: Stage) -> None:
     ref = stage.cold("faults")
-    code = "view = mmap.mmap(cold(), 0, prot=mmap.PROT_READ)\nin_threads(64, lambda at: view[at] == true(at, at + 1)[0])"
+    code = "view = mmap.mmap(cold(), 0, prot=mmap.PROT_READ)\n"
+    code += "in_threads(64, lambda at: view[at] == true(at, at + 1)[0])"
     assert stage.daemon.tell(THREADS + code, ref, stage.plain("faults"), 3) == []
     assert stage.fetched("faults") <= SIZE
 
