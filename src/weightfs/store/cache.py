@@ -117,6 +117,11 @@ class Cache:
             raise
         return cache
 
+    @property
+    def lock_fd(self) -> int:
+        """The lock's descriptor. Fetch workers inherit it: the cache is free only when its last writer has ended."""
+        return self._lock
+
     def close(self) -> None:
         """Write the clean flag and give the lock back. A cache that cannot be written is left as after a crash."""
         with self._changes, self._preparing:
@@ -430,7 +435,13 @@ class Cache:
         return dropped.byte_count(shape)
 
     def _punch(self, blob: BlobId, shape: BlobShape, chunks: ChunkSet) -> None:
-        if not self._files.punch(blob, [shape.bytes_of(run) for run in chunks.runs()]):
+        """Give space back. What is wrong with the file is no matter here: the chunks are absent already."""
+        try:
+            freed = self._files.punch(blob, [shape.bytes_of(run) for run in chunks.runs()])
+        except CacheError as error:
+            log.warning("dropped chunks of blob %s keep their space: %s", blob, error)
+            return
+        if not freed:
             log.info(
                 "the filesystem of %s cannot free parts of a file: dropped chunks keep their space", self.root
             )

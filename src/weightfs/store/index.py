@@ -152,17 +152,26 @@ class Index:
             while True:
                 self._check_open()
                 try:
-                    with (
-                        self._gate.shared(),
-                        _lmdb_errors(self.directory),
-                        self._env.begin(write=True) as txn,
-                    ):
-                        result = job(Txn(txn, self._tables))
+                    result = self._attempt(job)
                 except _MapIsFullError:
                     self._grow()
                 else:
                     self._reserve()
                     return result
+
+    def _attempt(self, job: Callable[[Txn], T]) -> T:
+        with _lmdb_errors(self.directory):
+            txn = self._env.begin(write=True)
+            try:
+                result = job(Txn(txn, self._tables))
+                txn.commit()
+            except BaseException:
+                # py-lmdb 3.0 aborts a write only at a moment in which no thread is inside any call on the
+                # environment: with busy readers that took minutes. So they wait outside for it.
+                with self._gate.exclusive():
+                    txn.abort()
+                raise
+        return result
 
     def close(self) -> None:
         """Close it, and note how the file looks, so that the next start need not walk it."""
@@ -298,12 +307,23 @@ def _lmdb_errors(directory: Path) -> Iterator[None]:
 
 
 def _of_lmdb(error: lmdb.Error, directory: Path) -> CacheError:
-    number = error.code
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(f"the index {directory} cannot grow: {os.strerror(number)}; free some space")
+    number: int = getattr(error, "code", 0)  # LMDB's own codes are negative
+    if number in (errno.ENOSPC, errno.EDQUOT) or (number == errno.EIO and _is_full(directory)):
+        return NoSpaceError(
+            f"the index {directory} cannot grow: the disk or the quota is full; free some space"
+        )
     if number > 0:
         return translate(OSError(number, os.strerror(number)), f"use the index {directory}")
     return CacheError(f"the index {directory} failed: {error}")
+
+
+def _is_full(directory: Path) -> bool:
+    """LMDB calls a write that the disk cut short an I/O error."""
+    try:
+        space = os.statvfs(directory)
+    except OSError:
+        return False
+    return space.f_bavail * space.f_frsize < _HEADROOM
 
 
 def _check_ours(data: Path) -> None:

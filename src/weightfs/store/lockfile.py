@@ -16,7 +16,7 @@ from weightfs.store.sparse import disk_errors
 def acquire(path: Path) -> int:
     """Lock `path`, write our process id into it, and return its descriptor. CacheBusyError, CacheError."""
     with disk_errors(f"open the lock file {path}"):
-        # Close-on-exec: a fetch worker that outlived us would otherwise hold the lock in our place.
+        # Close-on-exec: only processes that write data files are given it on purpose (`Cache.lock_fd`).
         descriptor = os.open(
             path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
         )

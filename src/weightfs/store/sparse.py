@@ -31,7 +31,7 @@ from weightfs.errors import CacheError, DiskFault, NoSpaceError
 _PUNCH_HOLE = 0x02  # FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 _KEEP_SIZE = 0x01  # FALLOC_FL_KEEP_SIZE
 _BLOCK = 4096  # page size: a hole smaller than a page is zeroed, not freed
-_MAX_DESCRIPTORS = 64
+MAX_DESCRIPTORS = 64
 _POOLED_READ = 1 << 20  # the biggest FUSE request; a longer read gets a buffer of its own
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -92,12 +92,14 @@ class _Handle:
 class SparseFiles:
     """The data files of one cache directory. Every method may be called from several threads at once."""
 
-    def __init__(self, directory: Path, *, max_descriptors: int = _MAX_DESCRIPTORS) -> None:
+    def __init__(self, directory: Path, *, max_descriptors: int | None = None) -> None:
         self.directory = directory
-        self._limit = max_descriptors
+        self._limit = MAX_DESCRIPTORS if max_descriptors is None else max_descriptors
         self._lock = threading.Lock()
         self._open: OrderedDict[BlobId, _Handle] = OrderedDict()  # least recently used first
         self._seen: dict[BlobId, tuple[int, int]] = {}  # (device, inode) of the first sight in this session
+        self._whole: set[BlobId] = set()  # prepared: the file is there, at full length
+        self._tidy: set[BlobId] = set()  # what an earlier session left was thrown away once; never again
         self._buffers = threading.local()
 
     def path(self, blob: BlobId) -> Path:
@@ -113,21 +115,24 @@ class SparseFiles:
         path = self.path(blob)
         found = self.status(blob)
         if found is None:
-            if keep or blob in self._seen:
+            if keep or blob in self._whole:
                 raise self._fault(blob, "is gone")
+            self.forget(blob)
             descriptor = self._create(blob, size)
         else:
             descriptor = self._open_file(blob)
         try:
             with disk_errors(f"give {path} its length", blob):
                 length = os.fstat(descriptor).st_size
-                if length < size and (keep or blob in self._seen):
+                if length < size and (keep or blob in self._whole):
                     raise self._fault(blob, f"has {length} of {size} bytes")
-                if found is not None and not keep and blob not in self._seen:
+                if not keep and blob not in self._tidy:
                     os.ftruncate(descriptor, 0)
                 if os.fstat(descriptor).st_size != size:
                     os.ftruncate(descriptor, size)
             self._remember(blob, os.fstat(descriptor))
+            self._whole.add(blob)
+            self._tidy.add(blob)
         finally:
             os.close(descriptor)
         return path
@@ -230,9 +235,10 @@ class SparseFiles:
             self._give_back(handle)
 
     def forget(self, blob: BlobId) -> None:
-        """Nothing of this blob counts any more: the next `prepare` may make a new file."""
+        """Nothing of this blob counts any more: the next `prepare` may make or mend the file."""
         with self._lock:
             self._seen.pop(blob, None)
+            self._whole.discard(blob)
             handle = self._open.pop(blob, None)
             closing = self._retire(handle)
         _close(closing)
@@ -240,6 +246,7 @@ class SparseFiles:
     def remove(self, blob: BlobId) -> int:
         """Delete the file; returns the bytes it occupied."""
         self.forget(blob)
+        self._tidy.discard(blob)
         found = self.status(blob)
         if found is None:
             return 0
