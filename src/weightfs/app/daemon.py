@@ -37,7 +37,7 @@ from weightfs.mount.session import MountOptions
 # How long "ready" may wait for the first answers about new refs; the mount serves all the while.
 FIRST_ANSWERS: Final = 30.0  # seconds
 RESOLVE_AT_ONCE: Final = 4
-RETRY_BASE: Final = 5.0
+RETRY_BASE: Final = 1.0
 RETRY_CAP: Final = 60.0
 
 log = logging.getLogger(__name__)

@@ -157,14 +157,14 @@ def detach_stale(path: Path) -> int:
         match probe(path):
             case Health.ALIVE if top.fstype == FSTYPE:
                 raise MountError(
-                    f"{path} is already a live weightfs mount; unmount it first (weightfs unmount {path})."
+                    f"{path} is already a live weightfs mount; unmount it first (weightfs umount {path})."
                 )
             case Health.ALIVE:
                 break
             case Health.SILENT:
                 raise MountError(
                     f"{path} is mounted ({top.fstype}) but its daemon does not answer; end that daemon, "
-                    f"or take the mount away with: weightfs unmount --lazy {path}"
+                    f"or take the mount away with: weightfs umount --lazy {path}"
                 )
             case Health.STALE:
                 _log.warning("Detaching a stale %s mount at %s", top.fstype, path)

@@ -54,7 +54,7 @@ def make_directories(root: Path, *, create: bool) -> None:
     """Make, or check, the cache directory and the two below it. CacheError."""
     if not root.exists():
         if not create:
-            raise CacheError(f"there is no cache at {root}: `weightfs add` or `weightfs mount` makes one")
+            raise CacheError(f"there is no cache at {root}: `weightfs pull` or `weightfs mount` makes one")
         with disk_errors(f"make the directory {root}"):
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with disk_errors(f"look at {root}"):
