@@ -174,10 +174,10 @@ class Daemon:
         """What it logged so far, in all its lives."""
         return Path(self._log.name).read_text(errors="replace")
 
-    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run another command of weightfs on the same cache."""
+    def cli(self, *arguments: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Run another command of weightfs, on the same cache unless another one is given."""
         return subprocess.run(  # noqa: S603 - our own interpreter
-            [sys.executable, "-m", "weightfs", *arguments, "--cache", str(self.cache)],
+            [sys.executable, "-m", "weightfs", *arguments, "--cache", str(cache or self.cache)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -231,7 +231,7 @@ class Daemon:
         async def main(client: ControlClient) -> dict[str, Any]:
             job = await client.start_fill(str(parse_ref(ref)))
             while job["state"] == "running":  # each answer comes when the job ends, or after five seconds
-                job = await client.job(job["id"], wait=5)
+                job = await client.job(job["job"], wait=5)
             return job
 
         job = self.ask(main)
