@@ -300,7 +300,10 @@ def slow_link(bench: Bench) -> Measure:
         "cold read, origin of 100 MB/s and 50 ms",
         "MB/s",
         higher=True,
-        aims=(Aim(">= 95 MB/s, 0.95 of the limit", 0.95 * LINK_RATE / MB),),
+        aims=(
+            Aim(">= 95 MB/s, 0.95 of the limit", 0.95 * LINK_RATE / MB),
+            Aim(">= 0.95 of what the link gives to curl", 0.95, peers=("curl to /dev/null",)),
+        ),
         note="the link is a relay in user space with one rate for all connections (this is not netem: no loss, no "
         "TCP slow start).",
     )
@@ -319,12 +322,9 @@ def slow_link(bench: Bench) -> Measure:
                 return bench.speed(cat(mount.path(NAME)))
 
         def plain() -> float:
-            target = empty(bench.work / "fetched") / NAME
-            seconds = curl(f"{base}slow/{NAME}", target, bench.origin.ca_file)
-            target.unlink()
-            return bench.speed(seconds)
+            return bench.speed(timed("curl", "-sS", "--fail", "-o", "/dev/null", f"{base}slow/{NAME}"))
 
-        return bench.turns(measure, {OURS: ours, "rclone mount": rclone, "curl": plain})
+        return bench.turns(measure, {OURS: ours, "rclone mount": rclone, "curl to /dev/null": plain})
 
 
 def latency_under_fill(bench: Bench) -> list[Measure]:
