@@ -59,7 +59,7 @@ class PlannerMachine(RuleBasedStateMachine):
         return ChunkSpan(start, min(shape.chunk_count, start + data.draw(st.integers(1, 5))))
 
     def a_job(self, data: Any, **how: bool) -> int:
-        return data.draw(st.sampled_from(self.jobs(**how)))
+        return int(data.draw(st.sampled_from(self.jobs(**how))))
 
     def jobs(self, *, todo: bool = False, trim: bool = False) -> list[int]:
         found = self.driver.jobs.items()

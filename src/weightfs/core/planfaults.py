@@ -185,15 +185,17 @@ class Faults:
             base = self._limits.backoff_base
             wait = delay(0, base=base, cap=0.0, retry_after=failure.retry_after, jitter=jitter)
             blob.later[mirror] = max(now + wait, blob.later.get(mirror, PAST))
-        if job.id >= max(blob.first_job, blob.seen.get(mirror, 0)):
-            blob.seen[mirror] = self._ledger.next_job
-            if is_permanent(failure.kind) or self._struck_out(blob, mirror, failure.kind):
-                self._bury(blob, mirror, failure, now)
-            else:
-                self._turn_failed(blob, mirror, failure, jitter, now)
+        news = job.id >= max(blob.first_job, blob.seen.get(mirror, 0))
         living = self._living(blob, now)
         if living and not blob.failed and not self._ready(blob, living, now):
             self.pause(blob, min(blob.later[mirror] for mirror in living), now)
+        if not news:
+            return
+        blob.seen[mirror] = self._ledger.next_job
+        if is_permanent(failure.kind) or self._struck_out(blob, mirror, failure.kind):
+            self._bury(blob, mirror, failure, now)
+        else:
+            self._turn_failed(blob, mirror, failure, jitter, now)
 
     def _struck_out(self, blob: BlobPlan, mirror: int, kind: FailureKind) -> bool:
         if kind not in (FailureKind.PROTOCOL, FailureKind.NO_RANGES):

@@ -219,12 +219,13 @@ class Scheduler:
     def _within_bytes(self, blob: BlobPlan, run: ChunkSpan, priority: Priority) -> bool:
         if self._unsettled(blob, run, priority):
             return False
-        if priority is Priority.DEMAND or not self._ledger.inflight:
-            return True
-        return self._ledger.inflight + len(blob.shape.bytes_of(run)) <= self._limits.budget_bytes
+        alone = not self._ledger.inflight and len(run) == 1
+        flying = self._ledger.inflight + len(blob.shape.bytes_of(run))
+        return priority is Priority.DEMAND or alone or flying <= self._limits.budget_bytes
 
     def _unsettled(self, blob: BlobPlan, run: ChunkSpan, priority: Priority) -> bool:
         """Whether too much of the blob would not be durable. A chunk larger than the bound goes alone."""
         limits = self._limits
         most = limits.unsettled_bytes if priority is Priority.DEMAND else limits.background_unsettled_bytes
-        return blob.unsettled > 0 and blob.unsettled + len(blob.shape.bytes_of(run)) > most
+        alone = not blob.unsettled and len(run) == 1
+        return not alone and blob.unsettled + len(blob.shape.bytes_of(run)) > most

@@ -253,15 +253,18 @@ class PlanDriver:
             fills = sum(1 for job in background if job.fetch.priority is Priority.FILL)
             assert fills < limits.fill_jobs_under_demand
         if fetch.whole:
-            assert not any(job.blob is blob and job.todo for job in self.jobs.values()), "a whole stream goes alone"
+            assert not any(job.blob is blob and job.todo for job in self.jobs.values()), (
+                "a whole stream goes alone"
+            )
             return
         assert len(fetch.span) == 1 or nbytes <= limits.job_bytes
         unsettled = blob.undurable + self._flying(blob)
         demand = fetch.priority is Priority.DEMAND
         most = limits.unsettled_bytes if demand else limits.background_unsettled_bytes
-        assert not unsettled or unsettled + nbytes <= most
+        single = len(fetch.span) == 1
+        assert (single and not unsettled) or unsettled + nbytes <= most
         flying = self._flying(None)
-        assert demand or not flying or flying + nbytes <= limits.budget_bytes
+        assert demand or (single and not flying) or flying + nbytes <= limits.budget_bytes
 
     def _flying(self, blob: ModelBlob | None) -> int:
         return sum(
