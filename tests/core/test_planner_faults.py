@@ -238,6 +238,21 @@ def test_one_chunk_waits_for_a_busy_mirror_and_the_others_go_on() -> None:
     assert made.woken == {other: None, reader: None, late: None}
 
 
+def test_a_blob_waits_for_a_busy_mirror_when_the_other_one_died() -> None:
+    made = driver("one", "two")
+    reader = made.need(A, 0, 1)
+    made.fail(only(made), FailureKind.BUSY, retry_after=60.0)
+    made.fail(only(made), FailureKind.AUTH)
+    assert not made.jobs
+    made.sleep_until_alarm()
+    assert made.now == 5.0  # the dead one has its next chance first
+    made.fail(only(made), FailureKind.AUTH)
+    made.sleep_until_alarm()
+    assert made.now == 15.0
+    made.land(only(made))
+    assert made.woken == {reader: None}
+
+
 # ---- giving up
 
 
@@ -298,6 +313,37 @@ def test_regression_parallel_failures_of_the_cache_are_given_up_once() -> None:
         assert gave_up(made) == [(kind, -1, 5.0)]
         assert [score.faults for score in made.planner.scores(A)] == [0]
         assert len(made.woken) == 8
+
+
+def test_a_hold_is_not_cut_short_by_another() -> None:
+    made = driver(count=8)
+    made.need(A, 0, 1)
+    for _ in range(3):
+        made.undone(A, 0, FailureKind.NO_SPACE)  # 5, 10, 20 s
+    made.land(1)  # by a job that is older than the trouble
+    made.need(A, 1, 2)
+    ((_, _, until), *_) = gave_up(made)[2:]
+    assert until == 20.0
+    made.sleep(19.0)
+    assert made.planner.failure(A) is not None
+    made.sleep(1.0)
+    assert made.planner.failure(A) is None
+
+
+def test_a_timer_of_what_was_forgiven_or_removed_means_nothing() -> None:
+    made = driver(count=2)
+    made.need(A, 0, 1)
+    made.mismatch(1)
+    made.mismatch(2)
+    made.remirror(A, ())
+    made.sleep_until_alarm()
+    assert made.planner.failure(A) is None
+    made.need(A, 0, 1)
+    made.mismatch(max(made.jobs))
+    made.mismatch(max(made.jobs))
+    made.remove(A)
+    made.sleep_until_alarm()
+    assert made.alarm == float("inf")
 
 
 def test_parallel_permanent_failures_are_one() -> None:

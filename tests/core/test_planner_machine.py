@@ -150,6 +150,12 @@ class PlannerMachine(RuleBasedStateMachine):
         self.driver.durable(blob.id, blob.undurable // part)
 
     @precondition(lambda self: self.driver.blobs)
+    @rule(data=st.data(), part=st.integers(1, 3), refused=st.booleans())
+    def undone(self, data: Any, part: int, refused: bool) -> None:
+        blob = self.a_blob(data)
+        self.driver.undone(blob.id, blob.undurable // part, FailureKind.NO_SPACE if refused else None)
+
+    @precondition(lambda self: self.driver.blobs)
     @rule(data=st.data())
     def drop(self, data: Any) -> None:
         blob = self.a_blob(data)

@@ -143,11 +143,10 @@ class Faults:
             return frozenset()
         ready = self._ready(blob, living, now)
         if not ready:
-            until = min(blob.later[mirror] for mirror in living)
             if chunk in blob.mismatches:
-                self._park(blob, chunk, until)
+                self._park(blob, chunk, min(blob.later[mirror] for mirror in living))
             else:
-                self.pause(blob, until, now)
+                self.pause(blob, self._soonest(blob), now)
             return frozenset()
         # All had their turn and no pause: those that are left for this chunk alone. Failing again ends the round.
         return self._with_turn(blob, ready) - blob.tried or self._with_turn(blob, ready)
@@ -172,6 +171,11 @@ class Faults:
     def _ready(blob: BlobPlan, mirrors: frozenset[int], now: float) -> frozenset[int]:
         return frozenset(mirror for mirror in mirrors if blob.later.get(mirror, now) <= now)
 
+    def _soonest(self, blob: BlobPlan) -> float:
+        """When the first mirror may be asked again: its Retry-After over, and not dead any more."""
+        alive = {mirror: until for mirror, (until, _) in blob.dead.items()}
+        return min(max(blob.later.get(m, PAST), alive.get(m, PAST)) for m in self._all(blob))
+
     @staticmethod
     def _with_turn(blob: BlobPlan, ready: frozenset[int]) -> frozenset[int]:
         """A whole stream blocks everything else of the blob: not because one range failed once."""
@@ -188,7 +192,7 @@ class Faults:
         news = job.id >= max(blob.first_job, blob.seen.get(mirror, 0))
         living = self._living(blob, now)
         if living and not blob.failed and not self._ready(blob, living, now):
-            self.pause(blob, min(blob.later[mirror] for mirror in living), now)
+            self.pause(blob, self._soonest(blob), now)
         if not news:
             return
         blob.seen[mirror] = self._ledger.next_job
@@ -290,6 +294,8 @@ class Faults:
     def _give_up(self, blob: BlobPlan, failure: Failure, now: float, why: int = _BLOB) -> None:
         failure = replace(failure, chunk=-1)
         until = now + self._hold_time(blob, why)
+        if blob.failed:  # what is held for another reason is not tried sooner for this one
+            until = max(until, blob.failed[0])
         blob.failed = (until, failure)
         blob.rounds = blob.worker_deaths = 0
         blob.first_job = self._ledger.next_job

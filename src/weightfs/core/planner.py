@@ -148,7 +148,7 @@ class Planner:
                     self._faults.mismatched(job, chunk, failure, now)
             case plan.Trimmed(_, stop):
                 self._trimmed(job, stop)
-            case plan.Done() | plan.Failed():
+            case _:
                 self._job_ended(job, event, now)
 
     def _job_ended(self, job: Job, event: plan.Done | plan.Failed, now: float) -> None:
@@ -183,8 +183,8 @@ class Planner:
                 self._ledger.drop(blob, chunks)
             case plan.Punched(_, chunks):
                 self._ledger.punch(blob, chunks)
-            case plan.Remirrored(_, mirrors):
-                self._remirrored(blob, mirrors)
+            case _:
+                self._remirrored(blob, event.mirrors)
 
     def _settled(self, blob: BlobPlan, event: plan.Durable | plan.Undone, now: float) -> None:
         blob.undurable = max(0, blob.undurable - event.nbytes)

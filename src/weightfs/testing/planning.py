@@ -151,6 +151,11 @@ class PlanDriver:
         state.undurable -= nbytes
         self.feed(plan.Durable(blob, nbytes))
 
+    def undone(self, blob: BlobId, nbytes: int, kind: FailureKind | None = None) -> None:
+        """Bytes that landed are dropped before they were durable or, with a `kind`, refused by the cache."""
+        self.blobs[blob].undurable -= nbytes
+        self.feed(plan.Undone(blob, nbytes, Failure(kind, f"it is {kind}") if kind else None))
+
     def mismatch(self, job: int) -> int:
         """The next chunk of the job is wrong; its number."""
         model = self.jobs[job]
