@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import trio
 import trio.testing
@@ -21,8 +22,12 @@ from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import find_operations, open_cache, take_over
 from weightfs.app.settings import with_header_origins
+from weightfs.cli.progress import SilentProgress
+from weightfs.cli.pulling import Pull, pull
+from weightfs.config import load
 from weightfs.control.operations import ProcessInfo
 from weightfs.control.server import serve
+from weightfs.core.ref import parse_ref
 from weightfs.engine.settings import EngineSettings
 from weightfs.errors import CacheBusyError, CacheError, MountError
 from weightfs.sources.base import FetchSettings
@@ -125,6 +130,32 @@ def test_headers_go_to_the_refs_own_hosts() -> None:
         "https://h/m.gguf",
     )
     assert with_header_origins(EngineSettings(), refs) == EngineSettings()
+
+
+async def test_a_pull_goes_on_by_itself_when_the_one_it_asked_ends(tmp_path: Path) -> None:
+    model, cache = tmp_path / "m.gguf", tmp_path / "cache"
+    model.write_bytes(b"x" * 1_500_000)
+    cache.mkdir()
+    ref = parse_ref(str(model))
+    config = load({"cache": str(cache)}, env={"HOME": str(tmp_path)})
+    work = Pull(click.Context(pull), config, SETTINGS, [ref], False, SilentProgress())
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            owner = trio.CancelScope()
+
+            async def own(task_status: trio.TaskStatus[None]) -> None:
+                with owner:
+                    async with fake_operations(cache) as (_, operations):
+                        await serve(operations, cache, task_status=task_status)
+
+            await nursery.start(own)
+            nursery.start_soon(work.run)
+            while not any(work.present.values()):
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            assert work.present == {str(ref): 500}, "the fake's word: half of its 1000 bytes"
+            owner.cancel()
+    assert work.present == {str(ref): 1_500_000}
+    assert work.done[str(ref)]["complete"]
 
 
 # ---- groups and signals

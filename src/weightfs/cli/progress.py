@@ -24,7 +24,9 @@ class Progress(Protocol):
         ...
 
 
-class _Silent:
+class SilentProgress:
+    """For scripts, and where nobody watches."""
+
     def begin(self, key: str, label: str, total: int) -> None:
         """Nothing to show."""
 
@@ -56,7 +58,7 @@ def _shorten(label: str, width: int = 40) -> str:
 def make_progress(*, quiet: bool) -> Iterator[Progress]:
     """Bars if stderr is a terminal and not `quiet`."""
     if quiet or not sys.stderr.isatty():
-        yield _Silent()
+        yield SilentProgress()
         return
     from rich.console import Console
     from rich.progress import (

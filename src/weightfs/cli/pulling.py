@@ -72,7 +72,7 @@ def pull(
     settings = engine_settings(config, fetch, mounted=False, fill=FillMode.NEVER)
     settings = with_header_origins(settings, map(str, parsed))
     with make_progress(quiet=quiet or as_json) as progress:
-        work = _Pull(ctx, config, settings, parsed, refresh, progress)
+        work = Pull(ctx, config, settings, parsed, refresh, progress)
         signum = trio.run(work.run)
     if signum is not None:
         raise Stopped(signum, work.kept())
@@ -80,7 +80,7 @@ def pull(
     return 0
 
 
-class _Pull:
+class Pull:
     """One run of the command."""
 
     def __init__(
@@ -98,8 +98,8 @@ class _Pull:
         self._refs = refs
         self._refresh = refresh
         self._progress = progress
-        self._present: dict[str, int] = {}
-        self._done: dict[str, Document] = {}
+        self.present: dict[str, int] = {}
+        self.done: dict[str, Document] = {}
 
     async def run(self) -> int | None:
         """The signal that ended it, or None when all is complete."""
@@ -163,7 +163,7 @@ class _Pull:
             raise IntegrityError(
                 f"{name} is not complete and right after all; `weightfs verify --repair` may help"
             )
-        self._done[name] = document
+        self.done[name] = document
 
     async def _cancel(self, operations: Operations, jobs: dict[str, Document]) -> None:
         import trio
@@ -179,14 +179,14 @@ class _Pull:
                         return  # the owner has ended, and its jobs with it
 
     def _note(self, name: str, document: Document) -> None:
-        self._present[name] = document["present_bytes"]
+        self.present[name] = document["present_bytes"]
         self._progress.update(name, document["present_bytes"], document["size_bytes"])
 
     def kept(self) -> str:
         """What to say after an interrupt."""
         from weightfs.units import format_size
 
-        present = format_size(sum(self._present.values()))
+        present = format_size(sum(self.present.values()))
         return f"stopped; {present} are kept in {self._config.cache}, and the same command goes on from there"
 
     def tell(self, *, as_json: bool) -> None:
@@ -195,8 +195,8 @@ class _Pull:
         from weightfs.units import format_size
 
         if as_json:
-            click.echo(json.dumps({"refs": list(self._done.values())}, indent=2))
-        for name, document in self._done.items():
+            click.echo(json.dumps({"refs": list(self.done.values())}, indent=2))
+        for name, document in self.done.items():
             if not as_json:
                 click.echo(f"{redact_url(name)}: {format_size(document['size_bytes'])}, {document['trust']}")
             if document["trust"] == "unverifiable":
