@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightfs.core.manifest import Policy
+from weightfs.core.metalink import MAX_PIECES
 from weightfs.engine import wire
 from weightfs.sources.base import FetchSettings
 
@@ -127,12 +128,12 @@ async def test_a_line_that_is_too_long_is_refused_though_it_ends() -> None:
 
 
 async def test_the_longest_job_fits() -> None:
-    digests = "ab" * 32 * 32_768
+    digests = "ab" * 32 * MAX_PIECES
     job = wire.FetchJob(
-        1, "/" + "p" * 4000, 2**50, 2**26, 0, 32_768, "https://" + "u" * 4096, '"tag"', digests
+        1, "/" + "p" * 4000, 2**50, 2**26, 0, MAX_PIECES, "https://" + "u" * 4096, '"tag"', digests
     )
-    hashing = wire.HashJob(2, "/p", 2**50, 2**26, 0, 32_768, digests, True, "ab" * 32)
-    whole = dataclasses.replace(job, whole=True, wanted=list(range(32_768)))
+    hashing = wire.HashJob(2, "/p", 2**50, 2**26, 0, MAX_PIECES, digests, True, "ab" * 32)
+    whole = dataclasses.replace(job, whole=True, wanted=list(range(MAX_PIECES)))
     ours, theirs = trio.testing.memory_stream_one_way_pair()
     async with trio.open_nursery() as nursery:
         data = b"".join(wire.encode(message) for message in (job, hashing, whole))

@@ -17,6 +17,7 @@ from weightfs.core.manifest import Blob, BlobId, Mirror, Policy, Trust
 from weightfs.core.readahead import ReadAhead
 from weightfs.core.ref import without_secrets
 from weightfs.engine.status import BlobStatus
+from weightfs.errors import CacheError
 from weightfs.store.cache import RunState
 
 
@@ -41,6 +42,12 @@ class BlobState:
     fetched_bytes: int = 0
     filling: bool = False
     prepared: bool = False
+    preparing: trio.Lock = field(default_factory=trio.Lock)  # held across disk work only
+    # The data file's device and inode, and how often it was lost: what was written into a lost one has not landed.
+    file: tuple[int, int] | None = None
+    life: int = 0
+    resumed: int = 0  # chunks that the running SHA-256 took before this process began
+    seal_error: CacheError | None = None  # why sealing stands still
     doubted: bool = False  # the whole digest differed once: sealing now compares every chunk with its record
     checking: dict[int, trio.Event] = field(default_factory=dict)  # suspect chunks being hashed
     # Digests that a chunk must have where there is no list: proven once, then dropped (store.Cache.required_digests).
@@ -73,8 +80,14 @@ class BlobState:
 
     @property
     def sealed(self) -> bool:
-        """Nothing is left to be proven: verified, or complete and durable where no digest exists."""
-        return self.trust is Trust.VERIFIED or (self.blob.sha256 is None and self.durable.full)
+        """Nothing is left to be fetched or proven: all durable and, where there is a digest, verified."""
+        return self.durable.full and (self.trust is Trust.VERIFIED or self.blob.sha256 is None)
+
+    @property
+    def may_be_passed(self) -> bool:
+        """Whether the kernel may give the file's bytes to readers without asking (docs/design.md, "Passthrough")."""
+        proven = self.sealed and self.complete and self.durable.full and not len(self.suspect)
+        return proven and self.policy.allows(self.trust)
 
     @property
     def frontier(self) -> int:

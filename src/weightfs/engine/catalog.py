@@ -97,6 +97,7 @@ class Catalog:
             policy=kept.policy if self._settings.policy is Policy.PROVISIONAL else self._settings.policy,
             trust=progress.trust,
             run=progress.run,
+            resumed=progress.run.frontier if progress.run else 0,
             mtime=stored.added_at,
             present_bytes=progress.present.byte_count(kept.shape),
         )

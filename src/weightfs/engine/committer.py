@@ -30,6 +30,7 @@ class Batch:
     """What one commit makes durable: landings with their bytes, running hashes, trust states, re-hashed chunks."""
 
     landings: list[tuple[Landing, int]] = field(default_factory=list)
+    lives: dict[BlobId, int] = field(default_factory=dict)  # of the file, when the first landing was queued
     runs: dict[BlobId, RunState] = field(default_factory=dict)
     trusts: dict[BlobId, Trust] = field(default_factory=dict)
     rehashed: dict[BlobId, ChunkSet] = field(default_factory=dict)
@@ -61,14 +62,14 @@ class Batch:
 
 
 class Committer:
-    """One per engine. `committed(batch)` is called after each durable batch, `lost(batch)` after each failed one."""
+    """One per engine. After each batch, `committed(batch)` is called if it is durable, else `lost(batch, error)`."""
 
     def __init__(
         self,
         cache: Cache,
         settings: EngineSettings,
         committed: Callable[[Batch], None],
-        lost: Callable[[Batch], Awaitable[None]],
+        lost: Callable[[Batch, WeightfsError], Awaitable[None]],
     ) -> None:
         self._cache = cache
         self._settings = settings
@@ -86,8 +87,9 @@ class Committer:
         """Landed chunks that are not durable yet (of the batch that is being gathered)."""
         return len(self._batch.landings)
 
-    def landed(self, landing: Landing, nbytes: int) -> None:
-        """Queue a visible chunk."""
+    def landed(self, landing: Landing, nbytes: int, life: int) -> None:
+        """Queue a visible chunk, written in this `life` of its file."""
+        self._batch.lives.setdefault(landing.blob, life)
         self._batch.landings.append((landing, nbytes))
         self._gathered += nbytes
         self._some.set()
@@ -132,15 +134,25 @@ class Committer:
                 if self.trouble is None:
                     log.error("cannot commit %d chunks to the index: %s", len(batch.landings), error)
                 self.trouble = error
-                failed = True
+                self._keep_verdicts(batch)
             else:
-                self.trouble, failed = None, False
-        if failed:  # outside the lock: dropping takes it
+                self.trouble = None
+        if self.trouble is not None:  # outside the lock: dropping takes it
             with trio.CancelScope(shield=True):
-                await self._lost(batch)
-        else:
-            self._committed(batch)
-        return not failed
+                await self._lost(batch, self.trouble)
+            return False
+        self._committed(batch)
+        return True
+
+    def _keep_verdicts(self, batch: Batch) -> None:
+        """What a failed commit said besides landings is still true, and is tried again; newer words outrank it."""
+        self._batch.runs = batch.runs | self._batch.runs
+        self._batch.trusts = batch.trusts | self._batch.trusts
+        for blob, chunks in batch.rehashed.items():
+            chunks.union(self._batch.rehashed.get(blob, ChunkSet(chunks.count)))
+            self._batch.rehashed[blob] = chunks
+        if self._batch:
+            self._some.set()
 
     def _commit(self, batch: Batch) -> None:
         self._cache.commit(

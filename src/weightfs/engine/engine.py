@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import trio
 
@@ -34,7 +35,7 @@ from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.engine.status import BlobStatus, CacheSpace, EngineStatus, VerifyProgress, VerifyReport
 from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
-from weightfs.errors import FailureKind, ReadError
+from weightfs.errors import CacheError, FailureKind, ReadError
 from weightfs.sources import open_source
 from weightfs.sources.base import Source
 from weightfs.store.cache import Cache, StoredRef
@@ -55,11 +56,16 @@ class Engine:
         self._started = trio.current_time()
         self._sources: dict[str, Source] = {}
         self._space = CacheSpace(0, 0)
+        # What is pinned changes one ref at a time: a blob that is being removed cannot be added meanwhile. Never held
+        # while an origin is asked.
+        self._pinning = trio.Lock()
         self._planner = Planner(settings.limits)
         self._catalog = Catalog(cache, settings)
-        self._holdings = Holdings(cache, self._planner, self._catalog.get, self._durable)
+        self._holdings = Holdings(cache, self._planner, self._catalog.get, self._durable, nursery)
         self._pool = WorkerPool(settings, self._handle, keep_fds=(cache.lock_fd,))
-        self._fetcher = Fetcher(self._planner, self._pool, self._holdings.landed)
+        self._fetcher = Fetcher(
+            self._planner, self._pool, self._holdings.landed, self._holdings.mend, nursery
+        )
         self._committer = Committer(cache, settings, self._holdings.committed, self._holdings.lost)
         self._holdings.connect(self._fetcher, self._committer)
         self._hasher = Hasher(cache, self._pool.submit)
@@ -85,9 +91,15 @@ class Engine:
     def _begin(self, state: BlobState) -> None:
         self._fetcher.add(state)
         if self.settings.fill is FillMode.ALL:
-            self._nursery.start_soon(self._holdings.fill, state)
+            self._nursery.start_soon(self._fill, state)
         if len(state.durable) > state.frontier or state.durable.full:
             self._sealer.poke(state)
+
+    async def _fill(self, state: BlobState) -> None:
+        try:
+            await self._holdings.fill(state)
+        except CacheError as error:
+            log.error("%s", error)
 
     async def _close(self) -> None:
         self.fail_reads()
@@ -145,28 +157,35 @@ class Engine:
         if ref.scheme not in self._sources:
             self._sources[ref.scheme] = open_source(ref.scheme, self.settings.fetch)
         manifest = await self._sources[ref.scheme].resolve(ref)
-        for state in await self._catalog.put(manifest):
-            if self._planner.knows(state.id):
-                self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
-            else:
-                self._begin(state)
+        async with self._pinning:
+            for state in await self._catalog.put(manifest):
+                if self._planner.knows(state.id):
+                    self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
+                else:
+                    self._begin(state)
         self.on_change()
         return manifest
 
     async def remove(self, ref_text: str) -> int:
         """Forget a ref and delete what only it had; the bytes freed. KeyError if it is not pinned."""
-        orphans = await self._catalog.remove(ref_text)
-        self.on_change()
         freed = 0
-        for state in orphans:
-            self._sealer.forget(state)
-            state.generation += 1
-            self._fetcher.remove(state.id)
-            state.notify()
-            await self._fetcher.drained(state)  # a job's last chunk may still be on its way to the file
-            await self._committer.forget(state.id)
-            freed += await trio.to_thread.run_sync(self._cache.delete_blob, state.id)
+        async with self._pinning:
+            with trio.CancelScope(shield=True):  # half a removal would leave files that nothing names
+                orphans = await self._catalog.remove(ref_text)
+                self.on_change()
+                for state in orphans:
+                    freed += await self._delete(state)
         return freed
+
+    async def _delete(self, state: BlobState) -> int:
+        self._sealer.forget(state)
+        state.generation += 1
+        self._fetcher.remove(state.id)
+        state.notify()
+        await self._fetcher.drained(state)  # a job's last chunk may still be on its way to the file
+        async with state.preparing:
+            await self._committer.forget(state.id)
+            return await trio.to_thread.run_sync(self._cache.delete_blob, state.id)
 
     async def complete(self, ref_text: str) -> None:
         """Fetch all of a ref and wait until it is sealed. KeyError, ReadError, IntegrityError."""
@@ -183,6 +202,11 @@ class Engine:
     def blob_status(self, id: BlobId) -> BlobStatus:  # noqa: A002 - the contract's name
         """The state of a blob. KeyError if there is none."""
         return self._catalog.state(id).status()
+
+    def backing(self, id: BlobId) -> Path | None:  # noqa: A002 - the contract's name
+        """The cache file of a blob of which nothing is left to be checked, so that the kernel may read it; else None."""
+        state = self._catalog.get(id)
+        return state.path if state is not None and state.may_be_passed else None
 
     def statfs(self) -> CacheSpace:
         """Room of the cache's filesystem, a few seconds ago."""
@@ -210,14 +234,18 @@ class Engine:
             state.handles = max(0, state.handles - 1)
 
     async def _open(self, state: BlobState) -> None:
-        if not await self._holdings.prepare(state):
+        try:
+            if not await self._holdings.prepare(state):
+                return
+        except CacheError as error:
+            log.error("%s", error)
             return
         # Runtimes read the last bytes first, then the head: both are on their way at once.
         for chunk in {0, state.shape.chunk_count - 1}:
             if chunk not in state.present:
                 self._fetcher.feed(plan.Want(state.id, ChunkSpan(chunk, chunk + 1)))
         if self.settings.fill is FillMode.OPENED:
-            await self._holdings.fill(state)
+            await self._fill(state)
 
     # ---- looking at it
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -22,9 +22,11 @@ from weightfs.core.ref import without_secrets
 from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.workers import WorkerPool
-from weightfs.errors import FailureKind, ReadError
+from weightfs.errors import CacheError, FailureKind, ReadError
 
 log = logging.getLogger(__name__)
+
+REMOVED = Failure(FailureKind.CANCELLED, "the model was removed")
 
 
 @dataclass(slots=True)
@@ -33,17 +35,34 @@ class _Waiting:
     failure: Failure | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Running:
+    state: BlobState
+    fetch: Fetch
+    life: int  # of the file that it writes into
+
+
 class Fetcher:
-    """`landed(state, chunk, digest)` is called for each chunk that became visible, in the trio thread."""
+    """`landed(state, chunk, digest)` is called for each chunk that became visible, in the trio thread.
+
+    `mend(state, life)` says whether the file that counted in `life` was lost; then there is a new one. CacheError.
+    """
 
     def __init__(
-        self, planner: Planner, pool: WorkerPool, landed: Callable[[BlobState, int, bytes], None]
+        self,
+        planner: Planner,
+        pool: WorkerPool,
+        landed: Callable[[BlobState, int, bytes], None],
+        mend: Callable[[BlobState, int], Awaitable[bool]],
+        nursery: trio.Nursery,
     ) -> None:
         self._planner = planner
         self._pool = pool
         self._landed = landed
+        self._mend_file = mend
+        self._nursery = nursery
         self._blobs: dict[BlobId, BlobState] = {}
-        self._jobs: dict[int, tuple[BlobState, Fetch]] = {}
+        self._jobs: dict[int, _Running] = {}
         self._waiters: dict[int, _Waiting] = {}
         self._next_waiter = 1
         self._alarm = float("inf")
@@ -70,9 +89,15 @@ class Fetcher:
 
     async def drained(self, state: BlobState) -> None:
         """Until no fetch of a removed blob is in flight."""
-        while any(other is state for other, _ in self._jobs.values()):
+        while any(running.state is state for running in self._jobs.values()):
             self._ended = trio.Event() if self._ended.is_set() else self._ended
             await self._ended.wait()
+
+    def abandon(self, state: BlobState) -> None:
+        """Stop every fetch of a blob: the file that they write into was lost. The planner plans them anew."""
+        for job, running in list(self._jobs.items()):
+            if running.state is state:
+                self._pool.tell(wire.StopJob(job))
 
     def feed(self, event: plan.Event) -> None:
         """Tell the planner, and do what it answers."""
@@ -97,7 +122,7 @@ class Fetcher:
     def _submit(self, fetch: plan.Fetch) -> None:
         state = self._blobs[fetch.blob]
         mirror = state.mirrors[fetch.mirror]
-        self._jobs[fetch.job] = (state, fetch)
+        self._jobs[fetch.job] = _Running(state, fetch, state.life)
         digests = "".join(state.expected(chunk).hex().rjust(64, wire.UNKNOWN) for chunk in fetch.span)
         self._pool.submit(
             wire.FetchJob(
@@ -112,6 +137,7 @@ class Fetcher:
                 digests,
                 fetch.whole,
                 sorted(fetch.wanted),
+                list(state.file or ()),
             )
         )
 
@@ -129,16 +155,7 @@ class Fetcher:
         """What a worker said about a fetch."""
         match message:
             case wire.ChunkLanded(job, chunk, digest):
-                entry = self._jobs.get(job)
-                if entry is None:
-                    return
-                state = entry[0]
-                nbytes = len(state.shape.span_of(chunk))
-                self.fetched_bytes += nbytes
-                state.fetched_bytes += nbytes
-                if state.id in self._blobs:  # first the record, then the readers
-                    self._landed(state, chunk, bytes.fromhex(digest))
-                self.feed(plan.Landed(job, chunk))
+                self._chunk_landed(job, chunk, bytes.fromhex(digest))
             case wire.ChunkMismatched(job, chunk, actual):
                 self._mismatched(job, chunk, actual)
             case wire.JobTrimmed(job, stop):
@@ -150,11 +167,25 @@ class Fetcher:
             case wire.JobFailed():
                 self._failed(message)
 
-    def _mismatched(self, job: int, chunk: int, actual: str) -> None:
-        entry = self._jobs.get(job)
-        if entry is None:
+    def _chunk_landed(self, job: int, chunk: int, digest: bytes) -> None:
+        running = self._jobs.get(job)
+        if running is None:
             return
-        state, fetch = entry
+        state = running.state
+        nbytes = len(state.shape.span_of(chunk))
+        self.fetched_bytes += nbytes
+        state.fetched_bytes += nbytes
+        if running.life != state.life:
+            return  # into a file that was lost; it is free again when the job has ended
+        if self._blobs.get(state.id) is state:  # first the record, then the readers
+            self._landed(state, chunk, digest)
+        self.feed(plan.Landed(job, chunk))
+
+    def _mismatched(self, job: int, chunk: int, actual: str) -> None:
+        running = self._jobs.get(job)
+        if running is None:
+            return
+        state, fetch = running.state, running.fetch
         self.mismatches += 1
         mirror = without_secrets(state.mirrors[fetch.mirror].url)
         log.warning(
@@ -168,22 +199,35 @@ class Fetcher:
         self.feed(plan.Mismatched(job, chunk, Failure(FailureKind.MISMATCH, text, mirror, None, chunk)))
 
     def _failed(self, message: wire.JobFailed) -> None:
-        entry = self._jobs.pop(message.job, None)
+        running = self._jobs.pop(message.job, None)
         self._ended.set()
         kind = FailureKind(message.kind)
-        if entry is not None and kind in (FailureKind.DISK, FailureKind.NO_SPACE):
-            entry[
-                0
-            ].prepared = False  # the file may be gone or cut: it is looked at again before the next fetch
-        if entry is not None and kind is not FailureKind.CANCELLED:
-            log.info("fetch of %s: %s (%s)", entry[0].ref, message.text, kind)
+        if running is not None and kind is not FailureKind.CANCELLED:
+            log.info("fetch of %s: %s (%s)", running.state.ref, message.text, kind)
         failure = Failure(kind, message.text, message.mirror, message.retry_after)
-        self.feed(plan.Failed(message.job, failure, random.random()))  # noqa: S311 - jitter, not a secret
+        if running is not None and kind is FailureKind.DISK:
+            self._nursery.start_soon(self._mend, message.job, running, failure)
+        else:
+            self._tell_failed(message.job, failure)
+
+    async def _mend(self, job: int, running: _Running, failure: Failure) -> None:
+        """If the file was lost, a new one is made, and the fetch is nobody's fault; else the disk is at fault."""
+        try:
+            if await self._mend_file(running.state, running.life):
+                failure = replace(failure, kind=FailureKind.CANCELLED)
+        except CacheError as error:
+            failure = replace(failure, text=str(error))
+        self._tell_failed(job, failure)
+
+    def _tell_failed(self, job: int, failure: Failure) -> None:
+        self.feed(plan.Failed(job, failure, random.random()))  # noqa: S311 - jitter, not a secret
 
     async def wait_for(self, state: BlobState, chunks: ChunkSpan) -> None:
         """Until all of `chunks` are visible. ReadError if they cannot be had; cancel it to withdraw."""
         if self.closed:
             raise self._read_error(state, chunks, self.closed)
+        if self._blobs.get(state.id) is not state:
+            raise self._read_error(state, chunks, REMOVED)
         number, self._next_waiter = self._next_waiter, self._next_waiter + 1
         waiting = self._waiters[number] = _Waiting()
         self.feed(plan.Need(number, state.id, chunks))

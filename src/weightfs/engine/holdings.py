@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import trio
 
 from weightfs.core import plan
-from weightfs.core.geometry import ChunkSpan
+from weightfs.core.chunkset import ChunkSet
 from weightfs.core.manifest import BlobId, Trust
+from weightfs.core.plan import Failure
 from weightfs.core.planner import Planner
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.committer import Batch, Committer
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.running import SAVABLE, RunningSha256
-from weightfs.errors import CacheError, DiskFault
+from weightfs.errors import CacheError, DiskFault, FailureKind, IntegrityError, NoSpaceError, WeightfsError
 from weightfs.store.cache import Cache, ChunkState, Landing, RunState
 
 log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5.0
 
 
 class Holdings:
@@ -39,8 +43,10 @@ class Holdings:
         planner: Planner,
         look_up: Callable[[BlobId], BlobState | None],
         durable: Callable[[BlobState], None],
+        nursery: trio.Nursery,
     ) -> None:
         self._cache = cache
+        self._nursery = nursery
         self._planner = planner
         self._look_up = look_up
         self._tell_durable = durable
@@ -53,31 +59,69 @@ class Holdings:
         self._fetcher = fetcher
         self._committer = committer
 
+    def pinned(self, state: BlobState) -> bool:
+        """Whether the blob is still there, and this is its state: it may have been removed, and added again."""
+        return self._look_up(state.id) is state
+
     async def prepare(self, state: BlobState) -> bool:
-        """Make sure that the sparse file has its full length. False, with a log line, if it cannot be made."""
-        if not state.prepared and self._planner.knows(state.id):
-            try:
-                await self._prepare(state)
-            except CacheError as error:
-                log.error("%s", error)
-                return False
+        """Make sure of the sparse file at its full length. False if the blob was removed.
+
+        CacheError if the file cannot be made.
+        """
+        if not state.prepared:
+            async with state.preparing:
+                await self._prepare_once(state)
+        return self.pinned(state)
+
+    async def _prepare_once(self, state: BlobState) -> None:
+        if state.prepared or not self.pinned(state):
+            return
+        try:
+            await self._prepare(state)
+        except CacheError:
+            if self.pinned(state):
+                raise
+        else:
             state.prepared = True
-        return self._planner.knows(state.id)
 
     async def _prepare(self, state: BlobState) -> None:
         try:
-            await trio.to_thread.run_sync(self._cache.prepare, state.id)
+            state.file, required = await trio.to_thread.run_sync(self._make_file, state)
         except DiskFault as error:
             log.warning("%s; fetching all of %s again", error, state.ref)
-            await self.drop_bad(state, list(state.present))
-            await trio.to_thread.run_sync(self._cache.prepare, state.id)
+            await self._forget_file(state)
+            state.file, required = await trio.to_thread.run_sync(self._make_file, state)
+            self._new_life(state)
         if state.blob.chunk_list is None:
-            state.required = await trio.to_thread.run_sync(
-                self._cache.required_digests, state.id, state.shape.chunks
-            )
+            state.required = required
+
+    def _make_file(self, state: BlobState) -> tuple[tuple[int, int] | None, dict[int, bytes]]:
+        self._cache.prepare(state.id)
+        wanted = state.blob.chunk_list is None
+        required = self._cache.required_digests(state.id, state.shape.chunks) if wanted else {}
+        return self._cache.file_identity(state.id), required
+
+    async def mend(self, state: BlobState, life: int) -> bool:
+        """Whether the file that counted in `life` was lost; a new one was made then. CacheError if it cannot be."""
+        if state.life == life:
+            state.prepared = False
+            await self.prepare(state)
+        return state.life != life
+
+    def _new_life(self, state: BlobState) -> None:
+        """What is being written now has not landed: told when the file is lost, and again when there is a new one."""
+        state.life += 1
+        self._fetcher.abandon(state)
+
+    async def _forget_file(self, state: BlobState) -> None:
+        """The file is gone, cut, or another one: nothing in it counts."""
+        self._new_life(state)
+        gone = list(state.present)
+        self.disk_faults += len(gone)
+        await self._drop(state, gone, everything=True)
 
     async def fill(self, state: BlobState) -> None:
-        """Put the blob in line for background fill."""
+        """Put the blob in line for background fill. CacheError if its file cannot be made."""
         state.filling = True
         if await self.prepare(state) and not state.complete:
             self._fetcher.feed(plan.Fill(state.id, on=True))
@@ -87,7 +131,7 @@ class Holdings:
         nbytes = len(state.shape.span_of(chunk))
         state.present_bytes += nbytes
         kind = ChunkState.LISTED if state.blob.chunk_list is not None else ChunkState.LANDED
-        self._committer.landed(Landing(state.id, chunk, digest, kind, 0), nbytes)
+        self._committer.landed(Landing(state.id, chunk, digest, kind, 0), nbytes, state.life)
 
     def committed(self, batch: Batch) -> None:
         """The batch is on disk and in the index."""
@@ -121,24 +165,61 @@ class Holdings:
         Without a trusted list, the bytes that come next may be others than the running hash has taken: it starts anew.
         """
         gone = [chunk for chunk in chunks if chunk in state.present]
-        if not gone:
-            return
+        if gone and self.pinned(state):
+            await self._drop(state, gone)
+
+    async def _drop(self, state: BlobState, gone: list[int], *, everything: bool = False) -> None:
         state.generation += 1
         self._fetcher.feed(plan.Dropped(state.id, gone))
         for chunk in gone:
             state.durable.discard(chunk)
             state.suspect.discard(chunk)
             state.present_bytes -= len(state.shape.span_of(chunk))
+        if gone:  # before anything is awaited: the sealer must not go on from what it took of these chunks
+            self._distrust(state, min(gone))
+        owed = _Owed(state, gone, everything)
         with trio.CancelScope(shield=True):  # half a drop would leave chunks that nobody may fetch
             unsettled = await self._committer.forget(state.id, set(gone))
-            self._distrust(state, min(gone))
-            await trio.to_thread.run_sync(self._punch, state, gone)
-            if state.blob.chunk_list is None:
-                state.required |= await trio.to_thread.run_sync(self._required, state, gone)
-        self._fetcher.feed(plan.Durable(state.id, unsettled))
-        self._fetcher.feed(plan.Punched(state.id, gone))
-        if state.filling and self._planner.knows(state.id):
-            self._fetcher.feed(plan.Fill(state.id, on=True))
+            self._fetcher.feed(plan.Undone(state.id, unsettled))
+            if not await self._punch(owed):
+                self._nursery.start_soon(self._punch_later, owed)
+
+    async def _punch(self, owed: _Owed) -> bool:
+        """Take dropped chunks out of index and file, and let them be fetched. False if the index cannot be written."""
+        state = owed.state
+        try:
+            required = await trio.to_thread.run_sync(self._punch_in_thread, owed)
+        except CacheError as error:
+            if self.pinned(state):
+                log.error("cannot drop %d chunks of %s: %s", len(owed.chunks), state.ref, error)
+                self._fetcher.feed(plan.Undone(state.id, 0, failure_of(error)))
+                return False
+            return True
+        if self.pinned(state):
+            state.required |= required
+            self._fetcher.feed(plan.Punched(state.id, owed.chunks))
+            if state.filling:
+                self._fetcher.feed(plan.Fill(state.id, on=True))
+        return True
+
+    async def _punch_later(self, owed: _Owed) -> None:
+        """Until it is done, the chunks are holes that nobody fills: index and file still have them."""
+        while self.pinned(owed.state):
+            await trio.sleep(RETRY_SECONDS)
+            if await self._punch(owed):
+                return
+
+    def _punch_in_thread(self, owed: _Owed) -> dict[int, bytes]:
+        shape, blob = owed.state.shape, owed.state.id
+        chunks = shape.chunks if owed.everything else ChunkSet(shape.chunk_count, owed.chunks)
+        # Bytes stay until better ones are written over them: a file that was complete once may be mapped by somebody
+        # through the kernel (also by one who outlived a killed daemon), who must see neither holes nor zeros.
+        self._cache.drop(blob, chunks, punch=False)
+        required: dict[int, bytes] = {}
+        if owed.state.blob.chunk_list is None:
+            for run in ChunkSet(shape.chunk_count, owed.chunks).runs():
+                required |= self._cache.required_digests(blob, run)
+        return required
 
     def _distrust(self, state: BlobState, first: int) -> None:
         trusted = state.blob.chunk_list is not None and state.blob.chunk_list.trusted
@@ -150,31 +231,64 @@ class Holdings:
 
     def restart_hash(self, state: BlobState) -> RunState | None:
         """The running SHA-256 at the beginning; queued for the index."""
+        state.resumed = 0
         run = RunState(0, RunningSha256(None, 0).state()) if SAVABLE else None
         if run:
             self._committer.progressed(state.id, run)
         return run
 
-    def _required(self, state: BlobState, chunks: list[int]) -> dict[int, bytes]:
-        found: dict[int, bytes] = {}
-        for chunk in chunks:
-            found |= self._cache.required_digests(state.id, ChunkSpan(chunk, chunk + 1))
-        return found
-
-    async def lost(self, batch: Batch) -> None:
+    async def lost(self, batch: Batch, error: WeightfsError) -> None:
         """A commit failed: what the index does not have is no longer believed to be on disk (fsync tells only once)."""
         for blob in {landing.blob for landing, _ in batch.landings}:
             state = self._look_up(blob)
             if state is None:
                 continue
-            progress = await trio.to_thread.run_sync(self._cache.progress, blob)
-            mine = [(landing, nbytes) for landing, nbytes in batch.landings if landing.blob == blob]
-            recorded = Batch([entry for entry in mine if entry[0].chunk in progress.present])
-            self.committed(recorded)
-            gone = [entry for entry in mine if entry[0].chunk not in progress.present]
+            present = await trio.to_thread.run_sync(self._recorded, state)
+            mine = [entry for entry in batch.landings if entry[0].blob == blob]
+            self.committed(Batch([entry for entry in mine if entry[0].chunk in present]))
+            gone = [entry for entry in mine if entry[0].chunk not in present]
+            if not gone or not self.pinned(state):
+                continue
+            # First the hold: a fill would fetch again at once what cannot be kept.
+            lost = await self._was_lost(state, batch.lives[blob], error)
+            failure = None if lost else failure_of(error)
+            self._fetcher.feed(plan.Undone(blob, sum(nbytes for _, nbytes in gone), failure))
             await self.drop(state, [landing.chunk for landing, _ in gone])
-            self._fetcher.feed(plan.Durable(blob, sum(nbytes for _, nbytes in gone)))
 
-    def _punch(self, state: BlobState, chunks: list[int]) -> None:
-        for chunk in chunks:
-            self._cache.drop(state.id, ChunkSpan(chunk, chunk + 1))
+    async def _was_lost(self, state: BlobState, life: int, error: WeightfsError) -> bool:
+        try:
+            return kind_of(error) is FailureKind.DISK and await self.mend(state, life)
+        except CacheError:
+            return False
+
+    def _recorded(self, state: BlobState) -> ChunkSet:
+        try:
+            return self._cache.progress(state.id).present
+        except CacheError as error:
+            log.error("cannot read what is recorded of %s: %s", state.ref, error)
+            return ChunkSet(state.shape.chunk_count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Owed:
+    """Chunks that left memory and have to leave index and file; `everything`: the file is to be made anew."""
+
+    state: BlobState
+    chunks: list[int]
+    everything: bool
+
+
+def failure_of(error: WeightfsError) -> Failure:
+    """What the planner and the readers are told of an error of the cache."""
+    return Failure(kind_of(error), str(error))
+
+
+def kind_of(error: WeightfsError) -> FailureKind:
+    """The kind of an error of the cache."""
+    match error:
+        case NoSpaceError():
+            return FailureKind.NO_SPACE
+        case IntegrityError():
+            return FailureKind.MISMATCH
+        case _:
+            return FailureKind.DISK

@@ -17,7 +17,7 @@ from weightfs.core.manifest import Trust
 from weightfs.core.planner import Planner
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.fetcher import Fetcher
-from weightfs.engine.holdings import Holdings
+from weightfs.engine.holdings import Holdings, kind_of
 from weightfs.engine.settings import EngineSettings
 from weightfs.errors import CacheError, FailureKind, ReadError
 from weightfs.store.cache import Cache
@@ -64,18 +64,18 @@ class Reader:
         raise ReadError(text, kind=FailureKind.TIMEOUT, ref=state.ref, chunk=chunks.start)
 
     async def _read_slowly(self, state: BlobState, span: ByteSpan, chunks: ChunkSpan) -> bytes:
-        await self._await_trust(state)
         faults = 0
         observed = False
         while True:
+            self._check_pinned(state, chunks)
+            await self._await_trust(state)
             if not state.present.covers(chunks):
-                if not await self._holdings.prepare(state):
-                    text = f"the cache cannot make a file for {state.ref}; see the log"
-                    raise ReadError(text, kind=FailureKind.DISK, ref=state.ref)
+                await self._prepare(state)
                 if not observed:  # before the wait: what comes next is fetched beside what is waited for
                     self._observe(state, span, stalled=True)
                     observed = True
                 await self._fetcher.wait_for(state, chunks)
+                continue
             if _suspects(state, chunks):
                 await self._recheck(state, chunks)
                 continue
@@ -83,6 +83,7 @@ class Reader:
             try:
                 data = await trio.to_thread.run_sync(self._cache.read, state.id, span, limiter=self._disk)
             except CacheError as error:
+                self._check_pinned(state, chunks)
                 faults += 1
                 if faults >= DISK_TRIES:
                     text = f"cannot read {state.ref} from the cache: {error}"
@@ -95,6 +96,19 @@ class Reader:
                     self._observe(state, span, stalled=False)
                 return data
 
+    def _check_pinned(self, state: BlobState, chunks: ChunkSpan) -> None:
+        if not self._holdings.pinned(state):
+            raise ReadError(
+                f"{state.ref} was removed", kind=FailureKind.CANCELLED, ref=state.ref, chunk=chunks.start
+            )
+
+    async def _prepare(self, state: BlobState) -> None:
+        try:
+            await self._holdings.prepare(state)
+        except CacheError as error:
+            text = f"cannot read {state.ref}: {error}"
+            raise ReadError(text, kind=kind_of(error), ref=state.ref) from error
+
     async def _await_trust(self, state: BlobState) -> None:
         """What the policy demands of the whole blob, before a byte of it is given out."""
         while not state.policy.allows(state.trust):
@@ -104,7 +118,12 @@ class Reader:
             if self._fetcher.closed:
                 raise ReadError(self._fetcher.closed.text, kind=FailureKind.CANCELLED, ref=state.ref)
             changed = state.changed
+            await self._prepare(state)
             await self._holdings.fill(state)
+            self._check_pinned(state, state.shape.chunks)
+            if error := state.seal_error:
+                text = f"cannot prove {state.ref}: {error}"
+                raise ReadError(text, kind=kind_of(error), ref=state.ref)
             if failure := self._planner.stuck(state.id):
                 raise ReadError(
                     f"{state.ref}: {failure.text}", kind=failure.kind, ref=state.ref, mirror=failure.mirror
@@ -151,8 +170,8 @@ class Reader:
             await self._holdings.drop_bad(state, [chunk])
 
     def _equals_record(self, state: BlobState, chunk: int) -> bool:
-        record = self._cache.digests(state.id, ChunkSpan(chunk, chunk + 1)).get(chunk)
         try:
+            record = self._cache.digests(state.id, ChunkSpan(chunk, chunk + 1)).get(chunk)
             data = self._cache.read(state.id, state.shape.span_of(chunk))
         except CacheError:
             return False

@@ -86,14 +86,31 @@ class Sealer:
                 try:
                     await self._advance(state, span)
                 except CacheError as error:
-                    log.error("%s", error)
-                    await trio.sleep(RETRY_SECONDS)
+                    await self._failed(state, error)
+                else:
+                    state.seal_error = None
             if not self._queue:
                 await self._poked.wait()
 
+    async def _failed(self, state: BlobState, error: CacheError) -> None:
+        log.error("%s", error)
+        state.seal_error = error
+        state.notify()
+        await trio.sleep(RETRY_SECONDS)
+
     async def _advance(self, state: BlobState, span: ChunkSpan) -> None:
+        if not await self._holdings.prepare(state):
+            return
         generation = state.generation
-        answer = await self._hasher.hash(state, span, running=True, compare=state.doubted)
+        if self._span(state) != span:
+            return  # the file was lost, and with it what was to be hashed
+        life = state.life
+        try:
+            answer = await self._hasher.hash(state, span, running=True, compare=state.doubted)
+        except CacheError:
+            if await self._holdings.mend(state, life):
+                return
+            raise
         if state.generation != generation or state.id.raw not in self._queue:
             return  # chunks were taken away meanwhile: what was fed may not be what is there
         if state.doubted:
@@ -115,7 +132,8 @@ class Sealer:
         expected = state.blob.sha256.hex() if state.blob.sha256 else ""
         if answer.total == expected:
             state.trust = Trust.VERIFIED
-            self._holdings.cleared(state, list(state.suspect))
+            # What the hash took before this process began may have been lost by the stop since.
+            self._holdings.cleared(state, [chunk for chunk in state.suspect if chunk >= state.resumed])
             log.info("%s is verified: SHA-256 %s", state.ref, expected)
         elif not state.doubted:
             log.warning(

@@ -8,6 +8,7 @@ import trio
 
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import Trust
+from weightfs.core.plan import Failure
 from weightfs.core.planner import Planner
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.catalog import Catalog
@@ -16,7 +17,7 @@ from weightfs.engine.hashing import Hasher
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.seal import Sealer
 from weightfs.engine.status import VerifyProgress, VerifyReport
-from weightfs.errors import FailureKind, IntegrityError, ReadError
+from weightfs.errors import DiskFault, FailureKind, IntegrityError, NoSpaceError, ReadError, WeightfsError
 
 
 class Upkeep:
@@ -41,7 +42,8 @@ class Upkeep:
     async def complete(self, ref: str) -> None:
         """Fetch all of a ref and wait until it is sealed.
 
-        KeyError if the ref is not pinned; ReadError if something cannot be had; IntegrityError if the whole is wrong.
+        KeyError if the ref is not pinned; ReadError if something cannot be had; IntegrityError if the whole is wrong;
+        NoSpaceError, DiskFault or CacheError if the cache cannot keep it.
         """
         for path, state in self._catalog.files(ref):
             await self._complete(path, state)
@@ -51,17 +53,17 @@ class Upkeep:
             changed, gave_up = state.changed, state.gave_up
             await self._holdings.fill(state)
             self._sealer.poke(state)
+            if error := state.seal_error:
+                state.seal_error = None
+                raise error
             if state.trust is Trust.QUARANTINED:
                 raise IntegrityError(
                     f"{path} of {state.ref} is quarantined: its SHA-256 is not the promised one, although every chunk "
                     "is as it was received; remove it with `weightfs rm` and take it from another mirror"
                 )
             if failure := self._planner.stuck(state.id):
-                raise ReadError(
-                    f"{path} of {state.ref} cannot be completed: {failure.text}",
-                    kind=failure.kind, ref=state.ref, chunk=failure.chunk, mirror=failure.mirror,
-                )  # fmt: skip
-            if not self._planner.knows(state.id):
+                raise _cannot_complete(path, state, failure)
+            if not self._holdings.pinned(state):
                 raise ReadError(
                     f"{state.ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=state.ref
                 )
@@ -83,6 +85,10 @@ class Upkeep:
         chunks = done = repaired = 0
         bad: list[tuple[str, int]] = []
         for path, state in files:
+            lost = await self._look_at_file(state)
+            bad += [(path, chunk) for chunk in lost]
+            if lost and repair:
+                repaired += await self._repair(state, lost)
             for run in list(state.durable.runs()):
                 start = run.start
                 while start < run.stop:
@@ -98,6 +104,15 @@ class Upkeep:
         quarantined = tuple(path for path, state in files if state.trust is Trust.QUARANTINED)
         return VerifyReport(chunks, done, tuple(bad), repaired, quarantined)
 
+    async def _look_at_file(self, state: BlobState) -> list[int]:
+        """The chunks that were cached in a file that is gone, cut or replaced by another: they are holes now."""
+        if not len(state.present):
+            return []
+        cached, life = list(state.present), state.life
+        state.prepared = False
+        await self._holdings.prepare(state)
+        return cached if state.life != life else []
+
     async def _verify_span(self, state: BlobState, span: ChunkSpan) -> list[int]:
         answer = await self._hasher.hash(state, span)
         found = [chunk for chunk in answer.bad if chunk in state.durable]  # not what was dropped meanwhile
@@ -112,6 +127,17 @@ class Upkeep:
         for chunk in chunks:
             await self._fetcher.wait_for(state, ChunkSpan(chunk, chunk + 1))
         return len(chunks)
+
+
+def _cannot_complete(path: str, state: BlobState, failure: Failure) -> WeightfsError:
+    text = f"{path} of {state.ref} cannot be completed: {failure.text}"
+    match failure.kind:
+        case FailureKind.NO_SPACE:
+            return NoSpaceError(text)
+        case FailureKind.DISK:
+            return DiskFault(text, blob=str(state.id))
+        case kind:
+            return ReadError(text, kind=kind, ref=state.ref, chunk=failure.chunk, mirror=failure.mirror)
 
 
 async def _first_of(event: trio.Event, scope: trio.CancelScope) -> None:

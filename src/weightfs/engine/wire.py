@@ -18,9 +18,8 @@ from weightfs.core.manifest import Policy
 from weightfs.sources.base import FetchSettings
 
 UNKNOWN = "-"  # 64 of these stand for a digest that nobody knows
-MAX_LINE = (
-    8 * 1024 * 1024
-)  # a job for every chunk of the largest chunk list is 32,768 × 64 hex digits, and some
+# A whole stream's job names every chunk of the longest chunk list (core.metalink: 131,072) by 64 hex digits and number.
+MAX_LINE = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,8 @@ class Hello:
 class FetchJob:
     """Fetch chunks `[start, stop)` into the sparse file at `path`. `digests`: 64 characters per chunk.
 
-    `whole`: no ranges; of the stream write only the chunks in `wanted`.
+    `whole`: no ranges; of the stream write only the chunks in `wanted`. `file`: device and inode that `path` must have;
+    another file, or one that is shorter than `size`, is not written to.
     """
 
     job: int
@@ -50,6 +50,7 @@ class FetchJob:
     digests: str = ""
     whole: bool = False
     wanted: list[int] = field(default_factory=list)
+    file: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

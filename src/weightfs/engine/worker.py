@@ -111,6 +111,16 @@ class _Running:
     stopped: bool = False
 
 
+def _open_file(path: str, file: list[int]) -> int:
+    """The data file, if it is still the one that readers have open. OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    found = os.fstat(fd)
+    if file and [found.st_dev, found.st_ino] != file:
+        os.close(fd)
+        raise OSError(errno.ESTALE, "the file was replaced")
+    return fd
+
+
 def _pwrite_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(fd, data, offset)
@@ -118,11 +128,16 @@ def _pwrite_all(fd: int, data: memoryview, offset: int) -> None:
         offset += written
 
 
-def _land(fd: int, data: memoryview, offset: int, expected: bytes) -> tuple[bool, bytes]:
-    """Hash; compare; write the same buffer. In a thread. (whether it was written, the digest)."""
+def _land(fd: int, data: memoryview, offset: int, expected: bytes, size: int) -> tuple[bool, bytes]:
+    """Hash; compare; write the same buffer. In a thread. (whether it was written, the digest).
+
+    A file that was cut is not written to: it would grow again, and what was cut off would read as zeros.
+    """
     digest = hashlib.sha256(data).digest()
     if expected and digest != expected:
         return False, digest
+    if os.fstat(fd).st_size < size:
+        raise OSError(errno.ESTALE, "the file is shorter than it was made")
     _pwrite_all(fd, data, offset)
     return True, digest
 
@@ -205,7 +220,7 @@ class Worker:
     async def _transfer(self, running: _Running) -> None:
         job = running.job
         shape = BlobShape(job.size, job.chunk_length)
-        fd = await trio.to_thread.run_sync(os.open, job.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = await trio.to_thread.run_sync(_open_file, job.path, job.file)
         try:
             span = shape.bytes_of(ChunkSpan(job.start, job.stop))
             mirror = Mirror(job.url, validator=job.validator)
@@ -273,7 +288,7 @@ class Worker:
             # A thread that writes is never abandoned, so a stopped job writes nothing afterwards.
             data = memoryview(buffer)[: len(span)]
             landed, digest = await trio.to_thread.run_sync(
-                _land, fd, data, span.start, expected, limiter=self._threads
+                _land, fd, data, span.start, expected, job.size, limiter=self._threads
             )
         finally:
             await self._buffers.give(buffer)
