@@ -359,6 +359,14 @@ def test_deleting_a_blob(cache: Cache, sample: Sample) -> None:
     assert cache.check(deep=True) == []
 
 
+@pytest.mark.parametrize("path", ["../m.gguf", "/m.gguf", "a\x00b"])
+def test_a_path_that_leads_outside_is_not_written(cache: Cache, path: str) -> None:
+    bad = Manifest("https://host/m.gguf", "r", "https/host", (Entry(path, Sample.random(K).blob),))
+    with pytest.raises(IntegrityError, match="names the path"):
+        cache.put_ref(bad, now=1)
+    assert cache.refs() == []
+
+
 def test_a_long_ref_is_no_problem_for_short_keys(cache: Cache) -> None:
     sample = Sample.random(K)
     ref = "https://host/" + "x" * 4000

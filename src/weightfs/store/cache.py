@@ -26,21 +26,15 @@ from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Blob, BlobId, Manifest, Trust
 from weightfs.errors import CacheError, DiskFault, WeightfsError
-from weightfs.store import ledger, lockfile, merging, opening
+from weightfs.store import ledger, lockfile, opening, refs
 from weightfs.store.index import Index, Txn
 from weightfs.store.ledger import Landing
 from weightfs.store.records import (
-    MAX_PREVIOUS,
     BlobRecord,
     ChunkState,
-    RecordError,
-    RefRecord,
     RunState,
-    decode_ref,
-    encode_ref,
-    manifest_of,
-    ref_key,
 )
+from weightfs.store.refs import StoredRef
 from weightfs.store.sparse import SparseFiles, disk_errors
 
 __all__ = ["Cache", "ChunkState", "Landing", "Progress", "RunState", "StoredRef"]
@@ -58,15 +52,6 @@ class Progress:
     suspect: ChunkSet
     run: RunState | None
     trust: Trust
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRef:
-    """A ref as it was pinned. `added_at` is in Unix seconds; `previous` are earlier revisions, the latest first."""
-
-    manifest: Manifest
-    added_at: int
-    previous: tuple[str, ...]
 
 
 class Cache:
@@ -143,16 +128,7 @@ class Cache:
     def refs(self) -> list[StoredRef]:
         """Every ref, ordered by its text."""
         with self._index.read() as txn:
-            blobs: dict[BlobId, Blob] = {}
-            found = [
-                StoredRef(
-                    manifest_of(record, [_entry_blob(txn, blob, blobs) for _, blob in record.entries]),
-                    record.added_at,
-                    record.previous,
-                )
-                for record in ledger.ref_records(txn)
-            ]
-        return sorted(found, key=lambda stored: stored.manifest.ref)
+            return refs.every(txn)
 
     def put_ref(self, manifest: Manifest, *, now: int) -> tuple[str, ...]:
         """Record a ref, its blobs and their lists in one synced transaction.
@@ -160,64 +136,18 @@ class Cache:
         A ref that is known keeps its earlier revisions; a blob that is known is joined by the rules of
         `store.merging`. Returns sentences about what was not taken over as given. IntegrityError, ChunkListError.
         """
-        with self._changes:
-            merged = self._index.write(lambda txn: self._put_ref(txn, manifest, now))
-            for blob, outcome in merged.items():
-                if outcome.dropped is not None:
-                    self._punch(blob, outcome.shape, outcome.dropped)
-        return tuple(note for outcome in merged.values() for note in outcome.notes)
-
-    def _put_ref(self, txn: Txn, manifest: Manifest, now: int) -> dict[BlobId, merging.Merged]:
-        elsewhere = {
-            blob
-            for record in ledger.ref_records(txn)
-            if record.ref != manifest.ref
-            for _, blob in record.entries
-        }
-        merged: dict[BlobId, merging.Merged] = {}
-        for entry in manifest.entries:
-            blob = entry.blob
-            shared = blob.id in elsewhere or blob.id in merged
-            outcome = merging.put_blob(txn, blob, shared=shared, in_use=blob.id in self._prepared)
-            earlier = merged.setdefault(blob.id, outcome)
-            if earlier is not outcome:
-                earlier.notes += outcome.notes
-            txn.delete("doomed", blob.id.raw)
-        key = ref_key(manifest.ref)
-        payload = txn.get_sealed("ref", key)
-        old = None if payload is None else decode_ref(payload)
-        previous = () if old is None else old.previous
-        if old is not None and old.revision != manifest.revision:
-            previous = (old.revision, *previous)[:MAX_PREVIOUS]
-        record = RefRecord(
-            ref=manifest.ref,
-            revision=manifest.revision,
-            tree=manifest.tree,
-            entries=tuple((entry.path, entry.blob.id) for entry in manifest.entries),
-            added_at=now if old is None else old.added_at,
-            previous=previous,
-        )
-        txn.put_sealed("ref", key, encode_ref(record))
-        return merged
+        with self._changes, self._preparing:  # no file is prepared for a shape that is about to change
+            return self._index.write(lambda txn: refs.put(txn, manifest, in_use=self._prepared, now=now))
 
     def remove_ref(self, ref: str) -> list[BlobId]:
         """Forget a ref (nothing happens if it is unknown). Returns its blobs that no other ref names."""
-
-        def job(txn: Txn) -> list[BlobId]:
-            payload = txn.get_sealed("ref", ref_key(ref))
-            if payload is None:
-                return []
-            mine = {blob for _, blob in decode_ref(payload).entries}
-            txn.delete("ref", ref_key(ref))
-            return sorted(mine - _named(txn))
-
         with self._changes:
-            return self._index.write(job)
+            return self._index.write(lambda txn: refs.remove(txn, ref))
 
     def orphans(self) -> list[BlobId]:
         """Blobs that no ref names: left by a removed ref, or by one that moved to another revision."""
         with self._index.read() as txn:
-            return sorted({record.blob.id for record in ledger.blob_records(txn)} - _named(txn))
+            return sorted({record.blob.id for record in ledger.blob_records(txn)} - refs.named(txn))
 
     # Blobs
 
@@ -291,9 +221,8 @@ class Cache:
             with self._index.read() as txn:
                 shape = self._record(txn, id).blob.shape
                 keep = len(ledger.load_bits(txn, id, shape).present) > 0
-            path = self._files.prepare(id, shape.size, keep=keep)
             self._prepared.add(id)
-        return path
+            return self._files.prepare(id, shape.size, keep=keep)
 
     def file_identity(self, id: BlobId) -> tuple[int, int] | None:  # noqa: A002
         """Device and inode of the file that `read` reads: whoever writes must write that one. Memory."""
@@ -483,16 +412,3 @@ def _by_blob(landings: Iterable[Landing]) -> dict[BlobId, list[Landing]]:
     for landing in landings:
         found.setdefault(landing.blob, []).append(landing)
     return found
-
-
-def _named(txn: Txn) -> set[BlobId]:
-    return {blob for record in ledger.ref_records(txn) for _, blob in record.entries}
-
-
-def _entry_blob(txn: Txn, blob: BlobId, known: dict[BlobId, Blob]) -> Blob:
-    if blob not in known:
-        record = ledger.blob_record(txn, blob)
-        if record is None:
-            raise RecordError(f"a ref names blob {blob}, which is not recorded")
-        known[blob] = ledger.whole_blob(txn, record)
-    return known[blob]

@@ -7,17 +7,17 @@ Rules, in this order:
   this session; else the old shape stays, and a new chunk list that does not fit it is left out.
 - A trusted list is never replaced by an untrusted or a different one; a list that contradicts a proven chunk is
   not taken.
-- A new trusted list is held against the record: equal chunks become LISTED, different ones are dropped.
+- A new trusted list is held against the record: equal chunks become LISTED, different ones absent. Their space is
+  not given back: a reader who is on his way meets the bytes that were there, and the next landing overwrites them.
 - Mirrors and policy are the newest's; where another ref names the blob too, mirrors are joined and the stricter
   policy holds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from weightfs.core.chunkset import ChunkSet
-from weightfs.core.geometry import BlobShape
 from weightfs.core.manifest import MAX_MIRRORS, Blob, ChunkList, Mirror, Policy, Trust
 from weightfs.errors import ChunkListError, IntegrityError
 from weightfs.store import ledger
@@ -28,24 +28,18 @@ from weightfs.store.records import BlobRecord, ChunkState
 _STRICTNESS = {Policy.PROVISIONAL: 0, Policy.HOLD: 1, Policy.STRICT: 2}
 
 
-@dataclass(slots=True)
-class Merged:
-    """What adding a blob did: sentences for the person, and the chunks whose space can be given back."""
+def put_blob(txn: Txn, blob: Blob, *, shared: bool, in_use: bool) -> list[str]:
+    """Add a blob, or join it with what is known. Returns sentences about what was not taken over as given.
 
-    shape: BlobShape  # as it is from now on
-    notes: list[str] = field(default_factory=list)
-    dropped: ChunkSet | None = None
-
-
-def put_blob(txn: Txn, blob: Blob, *, shared: bool, in_use: bool) -> Merged:
-    """Add a blob, or join it with what is known. `shared`: other refs name it; `in_use`: its file was prepared."""
+    `shared`: other refs name it. `in_use`: its file was prepared in this session.
+    """
     _check_list(blob)
     old = ledger.blob_record(txn, blob.id)
-    merged = Merged(blob.shape if old is None else old.blob.shape)
+    notes: list[str] = []
     if old is None:
         _write(txn, blob, blob.chunk_list, blob.initial_trust)
         ledger.put_bits(txn, blob.id, Bits(*(ChunkSet(blob.shape.chunk_count) for _ in range(2))))
-        return merged
+        return notes
     _check_same(old.blob, blob)
     if old.blob.shape != blob.shape:
         if not in_use and _is_blank(txn, old):
@@ -53,24 +47,24 @@ def put_blob(txn: Txn, blob: Blob, *, shared: bool, in_use: bool) -> Merged:
             return put_blob(
                 txn, replace(blob, sha256=blob.sha256 or old.blob.sha256), shared=False, in_use=False
             )
-        merged.notes.append(
+        notes.append(
             f"blob {blob.id} keeps its chunk length of {old.blob.shape.chunk_length} bytes, in which chunks are "
             f"cached; the published list in pieces of {blob.shape.chunk_length} bytes takes effect after "
             "the model was evicted and added again"
         )
         blob = replace(blob, shape=old.blob.shape, chunk_list=None)
     known = ledger.whole_blob(txn, old)
-    chosen = _choose_list(txn, known, blob.chunk_list, merged.notes)
+    chosen = _choose_list(txn, known, blob.chunk_list, notes)
     trust = old.trust
     if chosen is not None and chosen.trusted and chosen is not known.chunk_list:
-        trust = _apply_list(txn, old, chosen, merged)
+        trust = _apply_list(txn, old, chosen, notes)
     mirrors, policy = blob.mirrors, blob.policy
     if shared:
         mirrors = _join(blob.mirrors, old.blob.mirrors)
         policy = max(policy, old.blob.policy, key=_STRICTNESS.__getitem__)
     fresh = replace(blob, mirrors=mirrors, policy=policy, sha256=blob.sha256 or old.blob.sha256)
     _write(txn, fresh, chosen, trust)
-    return merged
+    return notes
 
 
 def _check_list(blob: Blob) -> None:
@@ -114,7 +108,7 @@ def _choose_list(txn: Txn, known: Blob, fresh: ChunkList | None, notes: list[str
     return fresh
 
 
-def _apply_list(txn: Txn, old: BlobRecord, chosen: ChunkList, merged: Merged) -> Trust:
+def _apply_list(txn: Txn, old: BlobRecord, chosen: ChunkList, notes: list[str]) -> Trust:
     """Hold the records against a trusted list; returns the blob's trust after it."""
     blob, shape = old.blob.id, old.blob.shape
     records = list(ledger.chunk_records(txn, blob, shape, shape.chunks))
@@ -127,10 +121,10 @@ def _apply_list(txn: Txn, old: BlobRecord, chosen: ChunkList, merged: Merged) ->
             ledger.put_chunk(txn, blob, shape, chunk, replace(record, state=ChunkState.LISTED))
     if wrong:
         bits = ledger.load_bits(txn, blob, shape)
-        merged.dropped = ledger.drop(txn, blob, shape, bits, wrong)
+        ledger.drop(txn, blob, shape, bits, wrong)
         ledger.put_bits(txn, blob, bits)
         txn.delete("run", blob.raw)  # it may have eaten them
-        merged.notes.append(
+        notes.append(
             f"{len(wrong)} cached chunks of blob {blob} differ from its trusted list, and are fetched again"
         )
     if old.trust is Trust.VERIFIED or (old.trust is Trust.QUARANTINED and not wrong):

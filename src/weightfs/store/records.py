@@ -301,7 +301,7 @@ def manifest_of(record: RefRecord, blobs: Sequence[Blob]) -> Manifest:
 
 
 def _dump(fields: dict[str, object]) -> bytes:
-    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def _load(payload: bytes, what: str) -> dict[str, Any]:

@@ -114,6 +114,11 @@ class SparseFiles:
         """
         path = self.path(blob)
         found = self.status(blob)
+        if found is not None and not keep and blob not in self._tidy:
+            # Another file, not the same one cut: through the kernel (passthrough) somebody may have it mapped still.
+            os.close(self._open_file(blob))  # CacheError: it is none of ours to delete
+            self.remove(blob)
+            found = None
         if found is None:
             if keep or blob in self._whole:
                 raise self._fault(blob, "is gone")
@@ -126,8 +131,6 @@ class SparseFiles:
                 length = os.fstat(descriptor).st_size
                 if length < size and (keep or blob in self._whole):
                     raise self._fault(blob, f"has {length} of {size} bytes")
-                if not keep and blob not in self._tidy:
-                    os.ftruncate(descriptor, 0)
                 if os.fstat(descriptor).st_size != size:
                     os.ftruncate(descriptor, size)
             self._remember(blob, os.fstat(descriptor))
