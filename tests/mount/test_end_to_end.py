@@ -71,9 +71,11 @@ class Stage:
         self.nginx.forget_requests()
         return ref
 
-    def fetched(self, name: str) -> int:
-        """Bytes that the origin gave of a file, once nothing is in flight."""
-        self.daemon.quiet()
+    def fetched(self, ref: str, least: int = 0) -> int:
+        """Bytes that the origin gave of a ref's file, once nothing of it is in flight and `least` were logged."""
+        self.daemon.quiet(ref)
+        name = ref.rsplit("/", 1)[1]
+        until(lambda: self.nginx.bytes_sent(name) >= least, "nginx logs a request after its last byte")
         return self.nginx.bytes_sent(name)
 
 
@@ -111,7 +113,7 @@ def test_a_sequential_read_gives_the_plain_bytes_and_fetches_each_once(stage: St
     ref = stage.cold(name, tls=tls)
     compared = stage.daemon.command(["cmp", str(stage.daemon.path(ref)), str(stage.plain(name))])
     stage.daemon.finish(compared)
-    assert stage.fetched(name) == SIZE
+    assert stage.fetched(ref, SIZE) == SIZE
     assert {request.scheme for request in stage.nginx.requests()} == {"https" if tls else "http"}
 
 
@@ -129,7 +131,7 @@ def test_random_reads_of_any_length(stage: Stage, seed: int) -> None:
         stage.plain(name),
         seed,
     )
-    assert stage.fetched(name) <= SIZE
+    assert stage.fetched(ref) <= SIZE
 
 
 def test_sixty_four_threads_fault_one_cold_mapping(stage: Stage) -> None:
@@ -137,14 +139,14 @@ def test_sixty_four_threads_fault_one_cold_mapping(stage: Stage) -> None:
     code = "view = mmap.mmap(cold(), 0, prot=mmap.PROT_READ)\n"
     code += "in_threads(64, lambda at: view[at] == true(at, at + 1)[0])"
     assert stage.daemon.tell(THREADS + code, ref, stage.plain("faults"), 3) == []
-    assert stage.fetched("faults") <= SIZE
+    assert stage.fetched(ref) <= SIZE
 
 
 def test_sixty_four_threads_read_one_cold_file(stage: Stage) -> None:
     ref = stage.cold("reads")
     code = "fd = cold()\nin_threads(64, lambda at: os.pread(fd, 300_000, at) == true(at, at + 300_000))"
     assert stage.daemon.tell(THREADS + code, ref, stage.plain("reads"), 4) == []
-    assert stage.fetched("reads") <= SIZE
+    assert stage.fetched(ref) <= SIZE
 
 
 def test_map_populate_of_a_cold_file(stage: Stage) -> None:
@@ -155,7 +157,7 @@ def test_map_populate_of_a_cold_file(stage: Stage) -> None:
         ref,
         stage.plain("populate"),
     )
-    assert stage.fetched("populate") == SIZE
+    assert stage.fetched(ref, SIZE) == SIZE
 
 
 def test_o_direct_nine_in_flight(stage: Stage) -> None:
@@ -175,7 +177,7 @@ with ThreadPoolExecutor(9) as pool:
         ref,
         stage.plain("direct"),
     )
-    assert stage.fetched("direct") == SIZE
+    assert stage.fetched(ref, SIZE) == SIZE
 
 
 def test_sendfile(stage: Stage) -> None:
@@ -199,7 +201,7 @@ assert got == true(0, size)
         ref,
         stage.plain("sendfile"),
     )
-    assert stage.fetched("sendfile") == SIZE
+    assert stage.fetched(ref, SIZE) == SIZE
 
 
 def test_cp_and_sparse_tar(stage: Stage, tmp_path: Path) -> None:
@@ -242,7 +244,7 @@ print(digest.hexdigest())
     layer = whole // LAYERS.layers
     # The kernel reads 4 MiB around a fault, of the head as of the layer, and goes on for as much; we read ahead at most
     # as much as that again.
-    assert layer <= stage.fetched(name) <= 2 * (layer + 3 * 4 * MIB) < whole * 0.6
+    assert layer <= stage.fetched(ref) <= 2 * (layer + 3 * 4 * MIB) < whole * 0.6
 
 
 def test_several_readers_of_one_cold_file_fetch_each_byte_once(stage: Stage) -> None:
@@ -251,14 +253,14 @@ def test_several_readers_of_one_cold_file_fetch_each_byte_once(stage: Stage) -> 
     readers = [stage.daemon.client(code, ref) for _ in range(5)]
     told = {stage.daemon.finish(reader) for reader in readers}
     assert told == {hashlib.sha256(stage.plain("shared").read_bytes()).hexdigest()}
-    assert stage.fetched("shared") == SIZE
+    assert stage.fetched(ref, SIZE) == SIZE
 
 
 def test_five_hundred_blocked_readers_stop_nobody_else(stage: Stage, faulty: Origin) -> None:
     other = stage.cold("other")
     whole = "assert open(path, 'rb').read() == true(0, 1 << 30)"
     stage.daemon.run(whole, other, stage.plain("other"))
-    stage.daemon.quiet()
+    stage.daemon.quiet(other)
     stalled = faulty.url("stalled")
     stage.daemon.add(stalled)
     faulty.always["/stalled"] = Fault(FaultKind.STALL_BEFORE_BODY)
@@ -296,7 +298,7 @@ def test_a_reader_killed_in_mid_read_leaves_nothing_behind(stage: Stage, faulty:
     ref = faulty.url("killed")
     stage.daemon.add(ref)
     stage.daemon.run("assert os.pread(cold(), 9, 0) == true(0, 9)", ref, stage.plain("killed"))
-    stage.daemon.quiet()  # head and tail are there; from now on answers stop in the middle of a chunk
+    stage.daemon.quiet(ref)  # head and tail are there; from now on answers stop in the middle of a chunk
     faulty.always["/killed"] = Fault(FaultKind.STALL_MID_BODY, after=300_000)
     asked = len(faulty.requests("/killed"))
     reader = stage.daemon.client("os.pread(cold(), 9, 5 << 20)", ref)
@@ -306,14 +308,13 @@ def test_a_reader_killed_in_mid_read_leaves_nothing_behind(stage: Stage, faulty:
     assert reader.wait(60) == -signal.SIGKILL
     del faulty.always["/killed"]
     stage.daemon.run("assert open(path, 'rb').read() == true(0, 1 << 30)", ref, stage.plain("killed"))
-    stage.daemon.quiet()
+    stage.daemon.quiet(ref)
     assert stage.daemon.file(ref)["waiting_readers"] == 0
     assert stage.daemon.file(ref)["present_chunks"] == stage.daemon.file(ref)["chunk_count"]
 
 
 def test_zz_at_the_end_memory_index_and_files_agree(stage: Stage) -> None:
     """Last in this file: everything above went through this one daemon."""
-    stage.daemon.quiet()
     assert stage.daemon.stop() == 0
     cache = Cache.open(stage.daemon.cache, create=False, now=0)
     try:

@@ -94,6 +94,6 @@ def test_the_cold_mount_gives_the_tokens_of_the_local_file(stage: Stage, mode: s
     told = [json.loads(stage.daemon.finish(generate(stage.daemon, path, mode))) for path in (cold, local)]
     assert told[0] == told[1]
     assert len(told[0]) >= 8
-    stage.daemon.quiet()
+    stage.daemon.quiet(stage.url(mode))
     assert stage.nginx.bytes_sent(f"{mode}.gguf") <= size
     assert stage.nginx.bytes_sent(f"{mode}.gguf") > size // 2

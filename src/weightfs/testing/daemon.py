@@ -221,9 +221,10 @@ class Daemon:
         assert len(files) == 1
         return files[0]
 
-    def quiet(self) -> None:
-        """Wait until no fetch is in flight."""
-        until(lambda: not self.status()["jobs"], "nothing is in flight")
+    def quiet(self, ref: str) -> None:
+        """Wait until no fetch of a ref's file is in flight."""
+        blob = self.file(ref)["blob"]
+        until(lambda: all(job["blob"] != blob for job in self.status()["jobs"]), "nothing is in flight")
 
     def complete(self, ref: str) -> None:
         """Fetch all of a ref and wait until it is sealed, as `weightfs pull` does."""
