@@ -37,7 +37,7 @@ def states(cache: Cache, sample: Sample) -> dict[int, ChunkState]:
 
 def land_wrong(cache: Cache, sample: Sample, chunk: int) -> None:
     """What a lying mirror delivers while nothing binds it."""
-    bad = bytes(len(sample.chunk(chunk)))
+    bad = b"?" * len(sample.chunk(chunk))
     with cache.prepare(sample.id).open("r+b") as file:
         file.seek(sample.blob.shape.span_of(chunk).start)
         file.write(bad)
@@ -64,6 +64,8 @@ def test_a_trusted_list_sorts_what_was_cached_without_it(cache: Cache, plain: Sa
     assert "1 cached chunks" in notes[0]
     progress = cache.progress(plain.id)
     assert list(progress.present) == [0, 1]
+    # Whoever reads at this moment meets what was there, not the zeros of a hole.
+    assert cache.read(plain.id, plain.blob.shape.span_of(2)) == b"?" * K
     assert progress.trust is Trust.ATTESTED
     assert progress.run is None
     assert states(cache, plain)[0] is ChunkState.LISTED
