@@ -128,6 +128,28 @@ def test_regression_bytes_of_an_older_job_do_not_end_a_pause() -> None:
     assert len(made.jobs) == 2
 
 
+def test_bytes_of_an_older_job_do_not_shorten_the_pauses() -> None:
+    made = driver()
+    made.need(A, 0, 2)
+    made.need(A, 4, 5)
+    first, second = made.jobs
+    made.fail(second, FailureKind.RESET)
+    made.land(first)
+    made.sleep_until_alarm()
+    made.fail(max(made.jobs), FailureKind.RESET)
+    assert made.alarm == 0.25 + 0.5
+
+
+def test_an_alarm_that_passed_unheard_does_not_hide_the_next_one() -> None:
+    made = driver()
+    made.need(A, 0, 1)
+    made.fail(only(made), FailureKind.RESET)
+    made.now = 1.0  # the driver is late, and something else comes before its Tick
+    made.need(A, 4, 5)
+    made.fail(max(made.jobs), FailureKind.RESET)
+    assert made.commands[-1] == plan.SleepUntil(1.5)
+
+
 def test_a_success_forgets_the_pauses_before_it() -> None:
     made = driver()
     made.need(A, 0, 8)
@@ -319,11 +341,10 @@ def test_a_hold_is_not_cut_short_by_another() -> None:
     made = driver(count=8)
     made.need(A, 0, 1)
     for _ in range(3):
-        made.undone(A, 0, FailureKind.NO_SPACE)  # 5, 10, 20 s
-    made.land(1)  # by a job that is older than the trouble
-    made.need(A, 1, 2)
-    ((_, _, until), *_) = gave_up(made)[2:]
-    assert until == 20.0
+        made.undone(A, 0, FailureKind.NO_SPACE)
+    made.durable(A)
+    made.undone(A, 0, FailureKind.NO_SPACE)  # 5 s again: something was kept
+    assert [until for _, _, until in gave_up(made)] == [5.0, 10.0, 20.0, 20.0]
     made.sleep(19.0)
     assert made.planner.failure(A) is not None
     made.sleep(1.0)
@@ -606,20 +627,44 @@ def test_regression_a_mirror_without_ranges_has_its_turn_when_the_others_fail() 
 
 def test_a_stream_leaves_out_chunks_for_which_its_mirror_is_avoided() -> None:
     made = driver("one", "two", count=3)
-    made.need(A, 0, 1)
+    first = made.need(A, 0, 3)
     made.fail(1, FailureKind.NO_RANGES)
-    streamer = asked(made)[0]
     made.fail(2, FailureKind.CONNECT)
     made.sleep_until_alarm()
     made.fail(3, FailureKind.CONNECT)
-    assert made.jobs[4].fetch.mirror == streamer
+    assert made.jobs[4].todo == [0, 1, 2]
     made.mismatch(4)
-    made.land(4)
+    made.withdraw(first)
+    made.need(A, 1, 3)
+    made.fail(5, FailureKind.CONNECT)  # the other mirror, for the wrong chunk
     made.fail(4, FailureKind.RESET)
+    made.sleep_until_alarm()
+    made.fail(6, FailureKind.CONNECT)
+    stream = made.jobs[only(made)]
+    assert stream.fetch.whole
+    assert stream.todo == [1, 2]
+
+
+def test_fill_from_a_mirror_with_ranges_gives_way_to_a_reader_who_needs_a_stream() -> None:
+    made = driver("one", "two", count=12, background_jobs=2, fill_jobs_under_demand=2, first_job_bytes=1)
+    made.need(A, 11, 12)
+    made.fail(1, FailureKind.NO_RANGES)
+    made.land(2, durable=True)
+    made.done(2)
+    reader = made.need(A, 10, 11)
     made.fill(A)
-    made.finish({A: 1 - streamer}, others=FailureKind.RESET)
-    wholes = [c.wanted for c in made.commands if isinstance(c, plan.Fetch) and c.whole][1:]
-    assert all(0 not in wanted for wanted in wholes)
+    made.mismatch(3)  # left for this chunk: the mirror without ranges
+    made.done(3)
+    fills = list(made.jobs)
+    assert len(fills) == 2
+    for job in fills:
+        made.land(job, durable=True)
+        made.done(job)
+    stream = made.jobs[only(made)]
+    assert stream.fetch.whole
+    while stream.todo:
+        made.land(only(made))
+    assert made.woken[reader] is None
 
 
 def test_a_stream_that_answers_no_ranges_again_breaks_the_protocol() -> None:

@@ -1,6 +1,6 @@
 """The sans-IO planner: who waits, what is in flight, what to fetch next. `feed(event, now)` returns commands.
 
-Invariants, held under Hypothesis in tests/core/test_planner.py:
+Invariants, held under Hypothesis in tests/core/test_planner_machine.py:
 
 - A chunk is in at most one job, and never in one while it is present: two writers of one chunk cannot exist. A chunk
   leaves a job only by the job's own word (landed, mismatched, trimmed, done, failed).
