@@ -24,6 +24,7 @@ from pathlib import Path
 
 import rows
 from contenders import MIB, BenchError, run
+from ground import Bench
 from report import Measure, write
 
 BUILD = Path(__file__).parents[2] / "build"
@@ -54,7 +55,7 @@ def machine(work: Path, sizes: str) -> dict[str, str]:
     }
 
 
-def chosen(only: Sequence[str]) -> dict[str, Callable[[rows.Bench], Measure | list[Measure]]]:
+def chosen(only: Sequence[str]) -> dict[str, Callable[[Bench], Measure | list[Measure]]]:
     """The rows to measure, by key."""
     unknown = set(only) - set(rows.ROWS)
     if unknown:
@@ -86,7 +87,7 @@ def main() -> int:
         parent = arguments.work or Path(tempfile.gettempdir())
         work = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-bench-", dir=parent)))
         shm = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-bench-", dir=SHM)))
-        bench = ends.enter_context(rows.Bench(work, shm, arguments.rounds, arguments.size * MIB))
+        bench = ends.enter_context(Bench(work, shm, arguments.rounds, arguments.size * MIB))
         about = machine(work, f"{arguments.size} MiB files, {arguments.rounds} rounds")
         if not shutil.which("rclone"):
             sys.exit("bench: rclone is missing: run `make bench`, which installs it")
