@@ -96,6 +96,10 @@ class Committer:
         if self._gathered >= self._settings.commit_bytes:
             self._enough.set()
 
+    def hasten(self) -> None:
+        """Commit what is queued now: a blob has its last chunk, and nothing more will come to fill the batch."""
+        self._enough.set()
+
     def progressed(self, blob: BlobId, run: RunState) -> None:
         """Queue the state of the running hash. It covers durable chunks only."""
         self._batch.runs[blob] = run

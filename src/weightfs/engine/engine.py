@@ -155,7 +155,9 @@ class Engine:
         if known is not None and not refresh:
             return known
         if ref.scheme not in self._sources:
-            self._sources[ref.scheme] = open_source(ref.scheme, self.settings.fetch)
+            # In a thread: the first time it imports, for longer than the readers should wait for the loop.
+            source = await trio.to_thread.run_sync(open_source, ref.scheme, self.settings.fetch)
+            self._sources.setdefault(ref.scheme, source)
         manifest = await self._sources[ref.scheme].resolve(ref)
         async with self._pinning:
             for state in await self._catalog.put(manifest):

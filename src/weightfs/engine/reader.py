@@ -54,7 +54,7 @@ class Reader:
         chunks = state.shape.chunks_covering(span)
         if state.policy.allows(state.trust) and state.present.covers(chunks) and not _suspects(state, chunks):
             data = self._cache.read_nowait(state.id, span)
-            if data is not None and len(data) == len(span):
+            if data is not None:
                 self._observe(state, span, stalled=False)
                 return data
         limit = self._settings.read_timeout or float("inf")
@@ -67,21 +67,12 @@ class Reader:
         faults = 0
         observed = False
         while True:
-            self._check_pinned(state, chunks)
-            await self._await_trust(state)
-            if not state.present.covers(chunks):
-                await self._prepare(state)
-                if not observed:  # before the wait: what comes next is fetched beside what is waited for
-                    self._observe(state, span, stalled=True)
-                    observed = True
-                await self._fetcher.wait_for(state, chunks)
-                continue
-            if _suspects(state, chunks):
-                await self._recheck(state, chunks)
-                continue
+            observed = await self._await_chunks(state, span, chunks) or observed
             generation = state.generation
+            data = self._cache.read_nowait(state.id, span)  # what has just landed is in memory: no thread
             try:
-                data = await trio.to_thread.run_sync(self._cache.read, state.id, span, limiter=self._disk)
+                if data is None:
+                    data = await trio.to_thread.run_sync(self._cache.read, state.id, span, limiter=self._disk)
             except CacheError as error:
                 self._check_pinned(state, chunks)
                 faults += 1
@@ -95,6 +86,23 @@ class Reader:
                 if not observed:
                     self._observe(state, span, stalled=False)
                 return data
+
+    async def _await_chunks(self, state: BlobState, span: ByteSpan, chunks: ChunkSpan) -> bool:
+        """Until all of `chunks` may be given out; whether they had to be fetched, which read-ahead then knows."""
+        fetched = False
+        while True:
+            self._check_pinned(state, chunks)
+            await self._await_trust(state)
+            if not state.present.covers(chunks):
+                await self._prepare(state)
+                if not fetched:  # before the wait: what comes next is fetched beside what is waited for
+                    self._observe(state, span, stalled=True)
+                    fetched = True
+                await self._fetcher.wait_for(state, chunks)
+            elif _suspects(state, chunks):
+                await self._recheck(state, chunks)
+            else:
+                return fetched
 
     def _check_pinned(self, state: BlobState, chunks: ChunkSpan) -> None:
         if not self._holdings.pinned(state):

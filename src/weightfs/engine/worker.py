@@ -29,7 +29,7 @@ from weightfs.engine import wire
 from weightfs.engine.causes import one_cause
 from weightfs.engine.running import SAVABLE, RunningSha256
 from weightfs.errors import FailureKind, SourceError
-from weightfs.sources import open_source
+from weightfs.sources import open_source, schemes
 from weightfs.sources.base import FetchSettings, Source
 
 LANDINGS_PER_JOB = 2  # one chunk is hashed and written while the next one arrives
@@ -395,6 +395,7 @@ def main() -> None:
     sys.setswitchinterval(
         0.001
     )  # hashing threads and the network share the interpreter: measured, integrity.md
+    schemes()  # imports every source: else the first reader would wait for that, 0.3 s of CPU
 
     async def run() -> None:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
