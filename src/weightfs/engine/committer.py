@@ -128,6 +128,7 @@ class Committer:
         """Make durable what is queued now. False if the cache could not; then it was given up as lost."""
         async with self._lock:
             batch, self._batch, self._gathered = self._batch, Batch(), 0
+            self._some.set()  # somebody else may be flushing while `run` waits for this very event
             self._some, self._enough = trio.Event(), trio.Event()
             if not batch:
                 return True

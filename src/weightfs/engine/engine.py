@@ -206,7 +206,7 @@ class Engine:
         return self._catalog.state(id).status()
 
     def backing(self, id: BlobId) -> Path | None:  # noqa: A002 - the contract's name
-        """The cache file of a blob of which nothing is left to be checked, so that the kernel may read it; else None."""
+        """The cache file of a blob of which nothing is left to be checked: the kernel may read it. Else None."""
         state = self._catalog.get(id)
         return state.path if state is not None and state.may_be_passed else None
 

@@ -205,7 +205,8 @@ class Fetcher:
         if running is not None and kind is not FailureKind.CANCELLED:
             log.info("fetch of %s: %s (%s)", running.state.ref, message.text, kind)
         failure = Failure(kind, message.text, message.mirror, message.retry_after)
-        if running is not None and kind is FailureKind.DISK:
+        closing = self._nursery.cancel_scope.cancel_called
+        if running is not None and kind is FailureKind.DISK and not closing:
             self._nursery.start_soon(self._mend, message.job, running, failure)
         else:
             self._tell_failed(message.job, failure)

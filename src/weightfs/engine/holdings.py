@@ -132,6 +132,8 @@ class Holdings:
         state.present_bytes += nbytes
         kind = ChunkState.LISTED if state.blob.chunk_list is not None else ChunkState.LANDED
         self._committer.landed(Landing(state.id, chunk, digest, kind, 0), nbytes, state.life)
+        if state.present_bytes == state.shape.size:
+            self._committer.hasten()
 
     def committed(self, batch: Batch) -> None:
         """The batch is on disk and in the index."""
@@ -181,7 +183,7 @@ class Holdings:
         with trio.CancelScope(shield=True):  # half a drop would leave chunks that nobody may fetch
             unsettled = await self._committer.forget(state.id, set(gone))
             self._fetcher.feed(plan.Undone(state.id, unsettled))
-            if not await self._punch(owed):
+            if not await self._punch(owed) and not self._nursery.cancel_scope.cancel_called:
                 self._nursery.start_soon(self._punch_later, owed)
 
     async def _punch(self, owed: _Owed) -> bool:

@@ -157,7 +157,8 @@ class Reader:
     async def _recheck(self, state: BlobState, chunks: ChunkSpan) -> None:
         """Hash chunks that were recorded before an unclean stop; what fails is a hole again. Once for all readers."""
         for chunk in chunks:
-            if running := state.checking.get(chunk):
+            running = state.checking.get(chunk)
+            if running is not None:
                 await running.wait()
             elif chunk in state.suspect:
                 done = state.checking[chunk] = trio.Event()

@@ -1,0 +1,212 @@
+"""Races between readers, drops, commits, removals and the end of an engine."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from weightfs.core.geometry import ByteSpan
+from weightfs.core.manifest import BlobId, Policy, Trust
+from weightfs.core.plan import Limits
+from weightfs.core.ref import Ref, parse_ref
+from weightfs.engine.committer import Committer
+from weightfs.engine.engine import Engine
+from weightfs.engine.settings import EngineSettings, FillMode
+from weightfs.errors import FailureKind, ReadError
+from weightfs.testing.engines import running_engine
+from weightfs.testing.origin import Fault, FaultKind, Origin, open_origin
+from weightfs.testing.published import CHUNK, published_origin, sample
+
+SIZE = 12 * CHUNK + 5
+DATA = sample(SIZE)
+LAZY = EngineSettings(workers=0, fill=FillMode.NEVER, limits=Limits(hold_base=0.05), commit_seconds=0.01)
+SECONDS = 30
+
+
+@asynccontextmanager
+async def opened(
+    root: Path, settings: EngineSettings = LAZY
+) -> AsyncIterator[tuple[Engine, Origin, Ref, BlobId]]:
+    async with published_origin(DATA) as (origin, ref), running_engine(root, settings) as engine:
+        blob = (await engine.add(ref)).entries[0].blob.id
+        with trio.fail_after(SECONDS):
+            yield engine, origin, ref, blob
+
+
+async def read(engine: Engine, blob: BlobId, start: int = 0, stop: int = SIZE) -> None:
+    assert await engine.read(blob, ByteSpan(start, stop)) == DATA[start:stop]
+
+
+async def fails(engine: Engine, blob: BlobId, *kinds: FailureKind) -> None:
+    with pytest.raises(ReadError) as caught:
+        await engine.read(blob, ByteSpan(0, SIZE))
+    assert caught.value.kind in kinds
+
+
+async def test_many_readers_of_a_suspect_chunk(tmp_path: Path) -> None:
+    """Regression: the second one asked an event for its truth, and trio refuses that."""
+    async with published_origin(DATA) as (_, ref):
+        async with running_engine(tmp_path / "cache", LAZY) as engine:
+            blob = (await engine.add(ref)).entries[0].blob.id
+            await read(engine, blob)
+            await engine.quiet()
+            shutil.copytree(tmp_path / "cache", tmp_path / "crashed")
+        async with running_engine(tmp_path / "crashed", LAZY) as engine:
+            with trio.fail_after(SECONDS):
+                async with trio.open_nursery() as nursery:
+                    for _ in range(8):
+                        nursery.start_soon(read, engine, blob)
+
+
+async def test_the_committer_goes_on_after_somebody_else_flushed(tmp_path: Path) -> None:
+    """Regression: it waited for an event that `flush` had replaced."""
+    async with opened(tmp_path / "cache") as (engine, _, _, blob):
+        await engine._committer.flush()
+        await read(engine, blob, 0, 1)
+        while engine._committer.pending:
+            await trio.sleep(0.001)
+
+
+async def test_adding_again_while_removing(tmp_path: Path) -> None:
+    """Regression: the removal deleted the records and the file of the blob that had just been added again."""
+    async with opened(tmp_path / "cache") as (engine, origin, ref, blob):
+        origin.always["/m.bin"] = Fault(FaultKind.STALL_MID_BODY, after=CHUNK)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails, engine, blob, FailureKind.CANCELLED)
+            while not engine.blob_status(blob).present_bytes:
+                await trio.sleep(0.001)
+            origin.always.clear()
+            nursery.start_soon(engine.remove, str(ref))
+            await trio.lowlevel.checkpoint()
+            nursery.start_soon(engine.add, ref)
+        await engine.add(ref)
+        await read(engine, blob)
+        await engine.complete(str(ref))
+        assert engine.blob_status(blob).trust == Trust.VERIFIED
+
+
+async def test_a_cancelled_removal_is_finished(tmp_path: Path) -> None:
+    """Regression: the ref was gone, and its file stayed for ever."""
+    async with opened(tmp_path / "cache") as (engine, _, ref, blob):
+        await read(engine, blob)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(engine.remove, str(ref))
+                while engine.manifests():
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+        assert list((tmp_path / "cache" / "blobs").iterdir()) == []
+
+
+async def test_readers_of_a_removed_model_are_told_so(tmp_path: Path) -> None:
+    async with opened(tmp_path / "cache") as (engine, _, ref, blob):
+        await read(engine, blob)
+        state = engine._catalog.state(blob)
+        await engine.remove(str(ref))
+        with pytest.raises(ReadError) as caught:
+            await engine._reader._read_slowly(state, ByteSpan(0, SIZE), state.shape.chunks)
+        assert caught.value.kind is FailureKind.CANCELLED
+        await engine.add(ref)
+        state.present.clear()
+        with pytest.raises(ReadError):  # not answered by the books of the blob's next life
+            await engine._fetcher.wait_for(state, state.shape.chunks)
+
+
+async def test_a_drop_while_the_sealer_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: hashing went on from what was dropped, between the drop and the restart of the running hash."""
+    async with published_origin(DATA) as (origin, place):
+        del origin.files["/m.bin.meta4"]
+        ref = parse_ref(f"{place}#sha256={hashlib.sha256(DATA).hexdigest()}")
+        async with running_engine(tmp_path / "cache", LAZY) as engine:
+            with trio.fail_after(SECONDS):
+                blob = (await engine.add(ref)).entries[0].blob.id
+                await engine.complete(str(ref))
+                state = engine._catalog.state(blob)
+                seen: list[int] = []
+                forget = Committer.forget
+
+                async def slowly(self: Committer, blob: BlobId, chunks: set[int] | None = None) -> int:
+                    seen.append(state.frontier)
+                    return await forget(self, blob, chunks)
+
+                monkeypatch.setattr(Committer, "forget", slowly)
+                await engine._holdings.drop(state, [0])
+                assert seen == [0]
+                assert state.trust is Trust.PROVISIONAL
+                await engine.complete(str(ref))
+
+
+@pytest.mark.parametrize("policy", [Policy.PROVISIONAL, Policy.HOLD])
+async def test_fail_reads_ends_every_wait(tmp_path: Path, policy: Policy) -> None:
+    settings = replace(LAZY, policy=policy, read_timeout=0)
+    async with (
+        published_origin(DATA) as (origin, ref),
+        running_engine(tmp_path / "c", settings, calm=False) as engine,
+    ):
+        blob = (await engine.add(ref)).entries[0].blob.id
+        origin.always["/m.bin"] = Fault(FaultKind.STALL_BEFORE_BODY)
+        with trio.fail_after(SECONDS):
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(fails, engine, blob, FailureKind.CANCELLED)
+                while not origin.requests("/m.bin")[1:]:
+                    await trio.sleep(0.001)
+                engine.fail_reads()
+            await fails(engine, blob, FailureKind.CANCELLED)
+        await engine.remove(str(ref))
+
+
+@pytest.mark.parametrize("steps", range(0, 60, 7))
+async def test_a_reader_cancelled_at_any_await_leaves_nothing_behind(tmp_path: Path, steps: int) -> None:
+    async with opened(tmp_path / "cache") as (engine, _, _, blob):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                for start in range(0, SIZE, 3 * CHUNK):
+                    nursery.start_soon(read, engine, blob, start, min(SIZE, start + 4 * CHUNK))
+                for _ in range(steps):
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+        assert engine._planner.waiting() == 0
+        await read(engine, blob)
+
+
+@pytest.mark.parametrize("steps", [0, 5, 50, 200])
+async def test_an_engine_may_end_while_jobs_run(tmp_path: Path, steps: int) -> None:
+    async with published_origin(DATA) as (_, ref):
+        settings = replace(LAZY, fill=FillMode.ALL)
+        async with running_engine(tmp_path / "cache", settings, calm=False) as engine:
+            blob = (await engine.add(ref)).entries[0].blob.id
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+        async with running_engine(tmp_path / "cache", LAZY) as engine:
+            with trio.fail_after(SECONDS):
+                await read(engine, blob)
+
+
+async def test_a_pull_brings_back_what_was_dropped_of_a_verified_blob(tmp_path: Path) -> None:
+    """Regression: a verified blob counted as complete, whatever had been dropped of it since."""
+    async with opened(tmp_path / "cache") as (engine, _, ref, blob):
+        await engine.complete(str(ref))
+        await engine._holdings.drop(engine._catalog.state(blob), [2, 3])
+        engine._catalog.state(blob).filling = False
+        await engine.complete(str(ref))
+        assert engine.blob_status(blob).complete
+
+
+async def test_an_empty_blob(tmp_path: Path) -> None:
+    """Regression: sealing looked for a file that nobody had made, and said so every five seconds."""
+    digest = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    async with open_origin({"/empty": b""}) as origin, running_engine(tmp_path / "cache", LAZY) as engine:
+        ref = parse_ref(f"{origin.url('empty')}#sha256={digest}")
+        with trio.fail_after(SECONDS):
+            blob = (await engine.add(ref)).entries[0].blob.id
+            await engine.complete(str(ref))
+            assert engine.blob_status(blob).trust == Trust.VERIFIED
+            assert await engine.read(blob, ByteSpan(0, 0)) == b""
