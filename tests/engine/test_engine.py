@@ -287,3 +287,18 @@ async def test_a_wrong_whole_digest_quarantines(tmp_path: Path, origin: Nginx) -
         assert engine.blob_status(blob.id).trust == Trust.QUARANTINED
         with pytest.raises(ReadError):
             await engine.read(blob.id, ByteSpan(0, 10))
+
+
+async def test_headers_reach_the_origin_of_a_ref_that_was_added_to_a_running_engine(
+    tmp_path: Path, content: bytes
+) -> None:
+    root = tmp_path / "origin"
+    root.mkdir()
+    (root / "m.bin").write_bytes(content)
+    guard = 'if ($http_x_token != "secret") { return 403; }'
+    settings = replace(LAZY, workers=1, fetch=FetchSettings(headers=(("X-Token", "secret"),)))
+    with Nginx(root, server_config=guard) as nginx:
+        async with running_engine(tmp_path / "cache", settings) as engine:
+            blob = blob_of(await engine.add(parse_ref(nginx.url("m.bin"))))
+            with trio.fail_after(30):
+                assert await engine.read(blob.id, ByteSpan(0, 10)) == content[:10]

@@ -159,6 +159,7 @@ class Engine:
             source = await trio.to_thread.run_sync(open_source, ref.scheme, self.settings.fetch)
             self._sources.setdefault(ref.scheme, source)
         manifest = await self._sources[ref.scheme].resolve(ref)
+        self._pool.own(ref.url)
         async with self._pinning:
             for state in await self._catalog.put(manifest):
                 if self._planner.knows(state.id):

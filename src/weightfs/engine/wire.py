@@ -32,6 +32,13 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """A ref was added: its origin gets the user's headers from here on."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
 class FetchJob:
     """Fetch chunks `[start, stop)` into the sparse file at `path`. `digests`: 64 characters per chunk.
 
@@ -152,7 +159,7 @@ class Alive:
     """Sent every few seconds: a worker that is silent for long is stopped or stuck, and is replaced."""
 
 
-ToWorker = Hello | FetchJob | TrimJob | StopJob | HashJob
+ToWorker = Hello | Origin | FetchJob | TrimJob | StopJob | HashJob
 FromWorker = ChunkLanded | ChunkMismatched | JobTrimmed | JobDone | JobFailed | Hashed | Alive
 Message = ToWorker | FromWorker
 
@@ -165,6 +172,7 @@ _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         Hello,
+        Origin,
         FetchJob,
         TrimJob,
         StopJob,

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 import trio
@@ -34,7 +34,8 @@ from weightfs.sources.base import FetchSettings, Source
 
 LANDINGS_PER_JOB = 2  # one chunk is hashed and written while the next one arrives
 LANDING_THREADS = 8
-NICENESS = 10
+NICENESS = 5  # of a worker: the process that answers the kernel goes first
+PATIENT_NICENESS = 15  # of the thread that hashes again
 PR_SET_PDEATHSIG = 1
 
 Send = Callable[[wire.FromWorker], Awaitable[None]]
@@ -79,7 +80,7 @@ class _PatientThread:
     @staticmethod
     def _yield() -> None:
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PATIENT_NICENESS)
 
     async def run(self, function: Callable[[wire.HashJob], wire.Hashed], job: wire.HashJob) -> wire.Hashed:
         """Call it there. A cancelled call is taken back if it has not begun, and is left to end if it has."""
@@ -160,6 +161,7 @@ class Worker:
         self._buffers = _Buffers(buffer_bytes)
         self._jobs: dict[int, _Running] = {}
         self._sources: dict[str, Source] = {}
+        self._retired: list[Source] = []
         self._threads = trio.CapacityLimiter(LANDING_THREADS)
         self._patient = _PatientThread()
 
@@ -173,11 +175,16 @@ class Worker:
         finally:
             self._patient.close()
             with trio.move_on_after(1, shield=True):
-                for source in self._sources.values():
+                for source in (*self._sources.values(), *self._retired):
                     await source.aclose()
 
     async def _dispatch(self, message: wire.Message, nursery: trio.Nursery) -> None:
         match message:
+            case wire.Origin(url):
+                origins = (*self._fetch_settings.header_origins, url)
+                self._fetch_settings = replace(self._fetch_settings, header_origins=origins)
+                self._retired += self._sources.values()  # their jobs go on
+                self._sources = {}
             case wire.FetchJob():
                 self._jobs[message.job] = _Running(message, message.stop, message.start)
                 nursery.start_soon(self._fetch, self._jobs[message.job])
@@ -392,9 +399,9 @@ def main() -> None:
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the engine decides
-    sys.setswitchinterval(
-        0.001
-    )  # hashing threads and the network share the interpreter: measured, integrity.md
+    sys.setswitchinterval(0.001)  # hashing threads and the network share the interpreter
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
     schemes()  # imports every source: else the first reader would wait for that, 0.3 s of CPU
 
     async def run() -> None:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -51,6 +51,7 @@ class WorkerPool:
 
     def __init__(self, settings: EngineSettings, handle: Handle, *, keep_fds: tuple[int, ...] = ()) -> None:
         self._settings = settings
+        self._fetch = settings.fetch
         self._handle = handle
         # Open in every worker: the cache's lock outlives the engine for as long as one of its writers lives.
         self._keep_fds = keep_fds
@@ -90,6 +91,13 @@ class WorkerPool:
         for job in [job for job in self._waiting if job.job == message.job]:
             self._waiting.remove(job)
             self._handle(wire.JobFailed(job.job, FailureKind.CANCELLED, "stopped"))
+
+    def own(self, url: str) -> None:
+        """The user's headers may go to this URL's origin too: it is a ref's."""
+        if self._fetch.headers and url not in self._fetch.header_origins:
+            self._fetch = replace(self._fetch, header_origins=(*self._fetch.header_origins, url))
+            for slot in self._slots:
+                self._send(slot, wire.Origin(url))
 
     def _send(self, slot: _Slot, message: wire.ToWorker) -> None:
         if slot.outgoing is not None:
@@ -148,7 +156,7 @@ class WorkerPool:
             self._answered(message)
             await trio.lowlevel.checkpoint()
 
-        worker = Worker(self._settings.fetch, self._settings.worker_buffer_bytes, send)
+        worker = Worker(self._fetch, self._settings.worker_buffer_bytes, send)
         receive = self._open(slot)
 
         async def messages() -> AsyncIterator[wire.Message]:
@@ -203,7 +211,7 @@ class WorkerPool:
     async def _converse(self, slot: _Slot, stream: trio.SocketStream) -> None:
         bound = self._settings.worker_silence_seconds
         hello = wire.Hello(
-            wire.fetch_settings_to_wire(self._settings.fetch),
+            wire.fetch_settings_to_wire(self._fetch),
             self._settings.worker_buffer_bytes,
             bound / BEATS_PER_SILENCE,
         )
