@@ -160,9 +160,10 @@ def test_pull_verifies_and_a_second_one_asks_nobody(stage: Stage) -> None:
 
 
 def test_pull_of_what_has_no_digest_says_so(stage: Stage) -> None:
-    done = stage.run("pull", stage.put("m.gguf"))
+    done = stage.run("pull", stage.put("m.gguf"), code=4)
     assert "unverifiable" in done.stdout
     assert "no digest" in done.stderr
+    stage.run("pull", "--allow-unverifiable", stage.nginx.url("m.gguf"))
 
 
 def test_pull_of_what_is_not_there(stage: Stage) -> None:

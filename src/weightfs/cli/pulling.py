@@ -39,6 +39,11 @@ OWNERS: Final = 5
 )
 @click.argument("refs", metavar="REF...", nargs=-1, required=True)
 @click.option("--refresh", is_flag=True, help="Ask the origin again what a known REF is now.")
+@click.option(
+    "--allow-unverifiable",
+    is_flag=True,
+    help="End with 0 also where no origin publishes a digest to verify with.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @json_option
 @fetch_options
@@ -49,6 +54,7 @@ def pull(
     /,
     refs: tuple[str, ...],
     refresh: bool,
+    allow_unverifiable: bool,
     quiet: bool,
     as_json: bool,
     **_: object,
@@ -77,7 +83,7 @@ def pull(
     if signum is not None:
         raise Stopped(signum, work.kept())
     work.tell(as_json=as_json)
-    return 0
+    return 0 if allow_unverifiable or not work.unproven() else IntegrityError.exit_code
 
 
 class Pull:
@@ -199,8 +205,12 @@ class Pull:
         for name, document in self.done.items():
             if not as_json:
                 click.echo(f"{redact_url(name)}: {format_size(document['size_bytes'])}, {document['trust']}")
-            if document["trust"] == "unverifiable":
-                say(
-                    f"warning: {name} is complete, but its origin gives no digest to prove it; "
-                    "add #sha256=<hex> to the ref, or --chunks"
-                )
+        for name in self.unproven():
+            say(
+                f"{redact_url(name)} is complete, but its origin gives no digest to verify it with; "
+                "add #sha256=<hex> to the ref, or --chunks, or accept it with --allow-unverifiable"
+            )
+
+    def unproven(self) -> list[str]:
+        """Refs that are complete and that nothing can prove."""
+        return [name for name, document in self.done.items() if document["trust"] == "unverifiable"]
