@@ -320,7 +320,7 @@ class EngineMachine(RuleBasedStateMachine):
         if not path.exists():
             return
         if how == "cut":
-            os.truncate(path, min(at, SIZES[name] - 1))
+            os.truncate(path, min(at, path.stat().st_size))
         elif how == "delete":
             path.unlink()
         else:
@@ -395,7 +395,7 @@ class EngineMachine(RuleBasedStateMachine):
             for at in lost:
                 flip(self.file_of(name), at)
             if cut is not None and self.file_of(name).exists():
-                os.truncate(self.file_of(name), cut % size)
+                os.truncate(self.file_of(name), min(cut % size, self.file_of(name).stat().st_size))
         self.start(root, old.settings)
 
     @precondition(lambda self: hasattr(self, "life"))

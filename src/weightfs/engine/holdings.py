@@ -86,12 +86,15 @@ class Holdings:
 
     async def _prepare(self, state: BlobState) -> None:
         try:
-            state.file, required = await trio.to_thread.run_sync(self._make_file, state)
+            file, required = await trio.to_thread.run_sync(self._make_file, state)
+            if state.file not in (None, file):
+                raise DiskFault(f"the cache file {state.path} was replaced")
         except DiskFault as error:
             log.warning("%s; fetching all of %s again", error, state.ref)
             await self._forget_file(state)
-            state.file, required = await trio.to_thread.run_sync(self._make_file, state)
+            file, required = await trio.to_thread.run_sync(self._make_file, state)
             self._new_life(state)
+        state.file = file
         if state.blob.chunk_list is None:
             state.required = required
 
@@ -217,6 +220,10 @@ class Holdings:
         # Bytes stay until better ones are written over them: a file that was complete once may be mapped by somebody
         # through the kernel (also by one who outlived a killed daemon), who must see neither holes nor zeros.
         self._cache.drop(blob, chunks, punch=False)
+        if len(owed.chunks) == shape.chunk_count and not owed.everything:
+            self._cache.prepare(
+                blob
+            )  # with its last chunk the store forgot the file, which is in use all the same
         required: dict[int, bytes] = {}
         if owed.state.blob.chunk_list is None:
             for run in ChunkSet(shape.chunk_count, owed.chunks).runs():
