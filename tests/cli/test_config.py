@@ -35,6 +35,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
         refs = ["https://models.example.com/m.gguf"]
         fill = "all"
         allow-other = true
+        passthrough = false
         read-timeout = "1m"
         policy = "strict"
         trusted-keys = ["{KEY}"]
@@ -174,6 +175,7 @@ def test_relative_paths_belong_to_where_one_is(tmp_path: Path, monkeypatch: pyte
         ("fill = 'some'", "fill: must be 'never', 'opened' or 'all'"),
         ("policy = 'loose'", "policy: must be 'strict', 'provisional' or 'hold'"),
         ("allow-other = 'maybe'", "allow-other: must be true or false"),
+        ("passthrough = 'maybe'", "passthrough: must be true or false"),
         ("refs = 'https://h/m'", "refs: must be a list"),
         ("header = 'A: b'", "header: must be a list"),
         ("header = ['A: b']", "header[1]: must be a table"),

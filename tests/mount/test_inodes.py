@@ -167,3 +167,20 @@ def test_a_listing_goes_on_in_a_newer_tree_without_repeating_or_skipping(
     seen = [name for _, name, _ in [*first, *rest]]
     assert len(seen) == len(set(seen))
     assert {str(n) for n in before & after} <= set(seen)
+
+
+def test_a_file_has_two_numbers_and_nothing_else_has() -> None:
+    namespace = Namespace.build(
+        [("d", Dir()), ("l", Link("f")), *((f"f{n}", file(str(n))) for n in range(50))],
+        number=lambda key, attempt: number_of(key, attempt) % 128,  # crowded: neighbours would be given out
+    )
+    assert not namespace.conflicts
+    root = namespace.node(ROOT)
+    assert isinstance(root, DirNode)
+    for name in root.children:
+        node = namespace.lookup(ROOT, name)
+        assert node is not None
+        assert node.ino % 2 == 0
+        assert namespace.node(node.ino + 1) is (node if isinstance(node, FileNode) else None)
+    assert namespace.node(ROOT) is root
+    assert namespace.node(0) is None

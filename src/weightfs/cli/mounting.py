@@ -49,6 +49,11 @@ DAEMON_END: Final = 20.0  # seconds
     "--readahead", metavar="SIZE", help="Largest window ahead of a sequential reader.  [default: 64MiB]"
 )
 @click.option("--allow-other/--no-allow-other", default=None, help="Let other users read the mount.")
+@click.option(
+    "--passthrough/--no-passthrough",
+    default=None,
+    help="Let the kernel read complete files from the cache itself, where it can.  [default: passthrough]",
+)
 @click.option("-d", "--detach", is_flag=True, help="Run in the background; return when the mount serves.")
 @fetch_options
 @cache_options
@@ -92,7 +97,7 @@ def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str,
         cache=config.cache,
         refs=tuple(parsed),
         engine=with_header_origins(engine_settings(config, fetch, mounted=True), map(str, parsed)),
-        mount=MountOptions(allow_other=config.allow_other),
+        mount=MountOptions(allow_other=config.allow_other, passthrough=config.passthrough),
     )
 
 

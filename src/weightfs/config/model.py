@@ -92,6 +92,7 @@ class Config(Section):
     refs: tuple[str, ...] = Field(default=(), max_length=10_000)
     fill: Literal["never", "opened", "all"] = "opened"
     allow_other: bool = False
+    passthrough: bool = True
     read_timeout: Annotated[float, seconds(1, 30 * 86_400, zero=True)] = 600.0
     policy: Policy = Policy.PROVISIONAL
     trusted_keys: tuple[TrustedKey, ...] = Field(default=(), max_length=64)

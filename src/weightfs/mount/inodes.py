@@ -1,8 +1,9 @@
 """The tree of names, and its inode numbers. Pure.
 
 Numbers follow from content: a file's from its blob's id (so that one blob has one inode, and the kernel one
-copy of its pages, wherever it appears), a directory's from its path. They are the same after a restart, and
-the root is 1. A tree never changes: a new one is built, and what is open stays with its own nodes.
+copy of its pages, wherever it appears), a directory's from its path. They are the same after a restart. All are even
+but the root's, which is 1: a file has a second number, one higher, under which it is passed through (see
+`passthrough`). A tree never changes: a new one is built, and what is open stays with its own nodes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from weightfs.core.manifest import Blob, check_path
 from weightfs.layouts.base import Dir, File, Link
 
 ROOT = 1
+DIRECT = 1  # the bit by which a file's second inode number differs
 _BITS = (1 << 62) - 1  # inode numbers and directory offsets stay positive in signed 64-bit fields everywhere
 _DOTS = 2  # offsets 1 and 2 are `.` and `..`
 
@@ -79,8 +81,12 @@ class Namespace:
         return len(self._nodes)
 
     def node(self, ino: int) -> Node | None:
-        """The node with this number."""
-        return self._nodes.get(ino)
+        """The node with this number; a file's by either of its two."""
+        node = self._nodes.get(ino)
+        if node is None and ino & DIRECT:
+            node = self._nodes.get(ino ^ DIRECT)
+            return node if isinstance(node, FileNode) else None
+        return node
 
     def lookup(self, parent: int, name: str) -> Node | None:
         """The child `name` of a directory; `.` and `..` too."""
@@ -165,10 +171,10 @@ def _key(path: str, entry: File | Dir | Link) -> bytes:
 def _numbers(keys: Iterable[bytes], number: Callable[[bytes, int], int]) -> dict[bytes, int]:
     """A number for each key. Sorted: who gives way in a collision does not depend on the entries' order."""
     numbers: dict[bytes, int] = {}
-    taken = {0, ROOT}
+    taken = {0}
     for key in sorted(set(keys)):
         attempt = 0
-        while (ino := number(key, attempt)) in taken:
+        while (ino := number(key, attempt) & ~DIRECT) in taken:
             attempt += 1
         taken.add(ino)
         numbers[key] = ino

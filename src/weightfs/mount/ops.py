@@ -1,22 +1,22 @@
 """A thin pyfuse3 skin: kernel requests in, the namespace's and the engine's answers out.
 
-Rules: nothing but FUSEError leaves a handler (anything else would end pyfuse3's loop and with it the mount).
-Only `read` waits. `open` never fails for reasons of data. A handle's number is its inode's, so that it can be
+Rules: nothing but FUSEError and Answered leaves a handler (anything else would end pyfuse3's loop and with it the
+mount). Only `read` waits. `open` never fails for reasons of data. A handle's number is its inode's, so that it can be
 told again after a restart, and what is open stays readable when its name is gone. Inodes never change
-content: `keep_cache`. What is left out (flush, fsync, poll …) pyfuse3 answers ENOSYS, once: the kernel then
-does without it for good.
+content: `keep_cache`. A blob whose file the kernel may read itself is shown under its other inode number (see
+`passthrough`); whoever has it open by the first goes on with that. What is left out (flush, fsync, poll …) pyfuse3
+answers ENOSYS, once: the kernel then does without it for good.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
@@ -26,9 +26,11 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, In
 from weightfs.core.geometry import ByteSpan
 from weightfs.errors import ReadError
 from weightfs.mount.errno import errno_of
-from weightfs.mount.inodes import DirNode, FileNode, LinkNode, Namespace, Node
+from weightfs.mount.inodes import DIRECT, ROOT, DirNode, FileNode, LinkNode, Namespace, Node
+from weightfs.mount.passthrough import Answered, Passthrough, Private
 from weightfs.mount.penance import Penance, Sentence
 from weightfs.mount.ports import MountedEngine, Status
+from weightfs.mount.stats import MountStats
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,37 +45,14 @@ XATTR_PREFIX = "user.weightfs."
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """A read that has not been answered: `age` in seconds."""
-
-    ino: int
-    span: ByteSpan
-    age: float
-
-
-@dataclass(slots=True)
-class MountStats:
-    """Counters of one mount since its start; read at any time from the same trio run."""
-
-    reads: int = 0
-    read_bytes: int = 0
-    failed_reads: int = 0  # answered with an errno
-    delayed_reads: int = 0  # tried only after the time of an earlier failure
-    held: int = 0  # of both: waiting right now
-    internal_errors: int = 0  # handlers that met an error nobody foresaw
-    _waiting: dict[int, tuple[int, ByteSpan, float]] = field(default_factory=dict)
-
-    def in_flight(self, now: float) -> Iterator[InFlight]:
-        """Yield the reads that are not answered yet, oldest first; `now` is trio's current time."""
-        for ino, span, since in self._waiting.values():
-            yield InFlight(ino, span, now - since)
-
-
 @dataclass(slots=True)
 class _Open:
+    """An inode with handles. The first one decides how it is read: by itself if `backing` is a number, else by us."""
+
     node: FileNode
-    handles: int
+    handles: int = 0
+    decided: trio.Event | None = None
+    backing: int | None = None
 
 
 def _text(name: bytes) -> str:
@@ -93,7 +72,7 @@ def _guarded(
     async def handler(self: WeightOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await method(self, *args, **kwargs)
-        except FUSEError:
+        except (FUSEError, Answered):
             raise
         except Exception:  # noqa: BLE001 - the loop must live; the request is answered and the error is told
             self.stats.internal_errors += 1
@@ -112,17 +91,22 @@ class WeightOperations(pyfuse3.Operations):
     enable_acl = False
 
     def __init__(
-        self, engine: MountedEngine, namespace: Namespace, stats: MountStats, on_init: Callable[[], None]
+        self,
+        engine: MountedEngine,
+        namespace: Namespace,
+        stats: MountStats,
+        on_init: Callable[[], None],
+        passthrough: Passthrough | None = None,
     ) -> None:
         super().__init__()
         self.stats = stats
         self._engine = engine
         self._namespace = namespace
         self._on_init = on_init
+        self._passthrough = passthrough or Passthrough()
         self._open: dict[int, _Open] = {}
         self._penance = Penance()
         self._stopping = trio.Event()
-        self._serial = itertools.count()
         self._uid = os.geteuid()
         self._gid = os.getegid()
         self._changed_at = 0
@@ -147,15 +131,18 @@ class WeightOperations(pyfuse3.Operations):
         self, parent_inode: InodeT, name: bytes, _ctx: pyfuse3.RequestContext
     ) -> EntryAttributes:
         """ENOENT for what is not there; never cached, for a ref may be added at any time."""
+        private = self._passthrough.private
+        if private is not None and parent_inode == ROOT and _text(name) == private.name:
+            return self._private_attributes(private)
         node = self._namespace.lookup(parent_inode, _text(name))
         if node is None:
             raise FUSEError(errno.ENOENT)
-        return self._attributes(node)
+        return self._attributes(node, self._shown(node))
 
     @_guarded
     async def getattr(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> EntryAttributes:
         """Attributes from memory, also of an open file whose name is gone."""
-        return self._attributes(self._node(inode))
+        return self._attributes(self._node(inode), inode)
 
     @_guarded
     async def readlink(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> bytes:
@@ -187,7 +174,9 @@ class WeightOperations(pyfuse3.Operations):
         if not isinstance(node, DirNode):
             return  # the directory is gone: it has no more entries
         for offset, name, child in self._namespace.listing(node, start_id):
-            if not pyfuse3.readdir_reply(token, _raw(name), self._attributes(child), offset):
+            if not pyfuse3.readdir_reply(
+                token, _raw(name), self._attributes(child, self._shown(child)), offset
+            ):
                 return
 
     @_guarded
@@ -197,8 +186,11 @@ class WeightOperations(pyfuse3.Operations):
     # --- bytes
 
     @_guarded
-    async def open(self, inode: InodeT, flags: FlagT, _ctx: pyfuse3.RequestContext) -> FileInfo:
+    async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
         """Never waits or fails for reasons of data: safetensors takes any error for a missing file."""
+        private = self._passthrough.private
+        if private is not None and inode == private.ino:
+            self._passthrough.open_private(private, ctx)
         node = self._node(inode)
         if isinstance(node, DirNode):
             raise FUSEError(errno.EISDIR)
@@ -206,24 +198,60 @@ class WeightOperations(pyfuse3.Operations):
             raise FUSEError(errno.ELOOP)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise FUSEError(errno.EROFS)
-        held = self._open.setdefault(inode, _Open(node, 0))
+        held = self._open.setdefault(inode, _Open(node))
         held.handles += 1
         try:
             self._engine.opened(node.blob.id)
         except Exception:  # noqa: BLE001 - the rule above is stronger than any contract
             self.stats.internal_errors += 1
             _log.exception("The engine failed to note that blob %s was opened", node.blob.id)
+        if inode & DIRECT:
+            try:
+                await self._pass_through(inode, held)
+            except BaseException as outcome:
+                if isinstance(outcome, Answered) and outcome.delivered:
+                    self.stats.passed_opens += 1
+                else:  # the kernel has no handle that it would release
+                    self._released(inode)
+                raise
         return FileInfo(fh=FileHandleT(inode), keep_cache=True)
+
+    async def _pass_through(self, inode: InodeT, held: _Open) -> None:
+        """Answer the open, raising Answered, if this inode is passed through; return if it is not."""
+        blob = held.node.blob
+        if held.decided is None:
+            held.decided = trio.Event()
+            try:
+                path = self._engine.backing(blob.id) if self._passthrough.on else None
+                if path is not None:
+                    held.backing = await self._passthrough.lend(path, blob.size)
+                    self.stats.passed_files += held.backing is not None
+            finally:
+                held.decided.set()
+        await held.decided.wait()
+        if held.backing is None:
+            return
+        if self._engine.backing(blob.id) is None:
+            # A chunk turned out to be bad, or the name is gone, while others have the inode open in a way that this
+            # handle would have to follow. On ESTALE the kernel looks the name up again, and opens what it leads to now.
+            raise FUSEError(errno.ESTALE)
+        self._passthrough.answer(inode, held.backing)
 
     @_guarded
     async def release(self, fh: FileHandleT) -> None:
         """The last handle's release forgets the node."""
+        self._released(fh)
+
+    def _released(self, fh: int) -> None:
         held = self._open.get(fh)
         if held is None:
             return
         held.handles -= 1
         if not held.handles:
             del self._open[fh]
+            if held.backing is not None:
+                self.stats.passed_files -= 1
+                self._passthrough.take_back(held.backing)
         self._engine.released(held.node.blob.id)
 
     @_guarded
@@ -236,8 +264,7 @@ class WeightOperations(pyfuse3.Operations):
         if not len(span):
             return b""
         asked = trio.current_time()
-        serial = next(self._serial)
-        self.stats._waiting[serial] = (node.ino, span, asked)
+        serial = self.stats.began(node.ino, span, asked)
         try:
             patience = self._penance.recall(node.ino, span, asked)
             if patience is not None:
@@ -253,7 +280,7 @@ class WeightOperations(pyfuse3.Operations):
                 self.stats.failed_reads += 1
                 raise FUSEError(sentence.errno) from None
         finally:
-            del self.stats._waiting[serial]
+            self.stats.ended(serial)
         self.stats.reads += 1
         self.stats.read_bytes += len(span)
         self._penance.forgive(node.ino, span)
@@ -333,9 +360,25 @@ class WeightOperations(pyfuse3.Operations):
         except KeyError:  # removed while it is open
             return None
 
-    def _attributes(self, node: Node) -> EntryAttributes:
+    def _shown(self, node: Node) -> int:
+        """The inode number under which a name is shown now."""
+        if self._passthrough.on and isinstance(node, FileNode) and self._engine.backing(node.blob.id):
+            return node.ino | DIRECT
+        return node.ino
+
+    def _private_attributes(self, private: Private) -> EntryAttributes:
         entry = EntryAttributes()
-        entry.st_ino = InodeT(node.ino)
+        entry.st_ino = InodeT(private.ino)
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_mode = ModeT(stat.S_IFREG | 0o400)
+        entry.st_size = len(private.content)
+        entry.entry_timeout = 0.0
+        entry.attr_timeout = COMPLETE_TIMEOUT
+        return entry
+
+    def _attributes(self, node: Node, ino: int) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = InodeT(ino)
         entry.st_uid, entry.st_gid = self._uid, self._gid
         entry.entry_timeout = ENTRY_TIMEOUT
         entry.attr_timeout = INCOMPLETE_TIMEOUT

@@ -6,6 +6,7 @@ Everything but `read` answers from memory, at once: metadata never waits for a d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from weightfs.core.geometry import ByteSpan
@@ -47,6 +48,14 @@ class MountedEngine(Protocol):
 
     def blob_status(self, id: BlobId, /) -> Status:  # noqa: A002 - the contract's name
         """The state of a blob. KeyError if there is none."""
+        ...
+
+    def backing(self, id: BlobId, /) -> Path | None:  # noqa: A002 - the contract's name
+        """The cache file, if its bytes are all there and proven as far as they can be: whoever reads it needs no check.
+
+        None if they are not, or not any more, and for a blob that there is not. While the file has this name, its bytes
+        may be mended, but never become holes.
+        """
         ...
 
     def opened(self, id: BlobId, /) -> None:  # noqa: A002 - the contract's name

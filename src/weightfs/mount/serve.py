@@ -23,9 +23,11 @@ from weightfs.errors import MountError
 from weightfs.layouts.base import Layout
 from weightfs.mount import mounttable
 from weightfs.mount.inodes import Namespace
-from weightfs.mount.ops import MountStats, WeightOperations
+from weightfs.mount.ops import WeightOperations
+from weightfs.mount.passthrough import Passthrough
 from weightfs.mount.ports import MountedEngine
 from weightfs.mount.session import Connection, Handover, MountOptions, connect, guarded_reads
+from weightfs.mount.stats import MountStats
 
 PROBE_TIMEOUT = 5.0
 _END_TIMEOUT = 5.0  # seconds for the loop to end once the connection has, or it was told to
@@ -79,11 +81,12 @@ async def serve(
     connection = await trio.to_thread.run_sync(connect, mountpoint, options)
     handover = Handover(connection)
     try:
-        operations = WeightOperations(engine, _tree(engine, layouts), stats, handover.takeover)
+        passthrough = Passthrough(lambda: handover.fd)
+        operations = WeightOperations(engine, _tree(engine, layouts), stats, handover.takeover, passthrough)
         with _rebuilding(operations, engine, layouts):
             handover.attach(operations)
-            session = _Session(connection, handover, operations, engine, options)
-            with guarded_reads(handover.fd, session.lost), _quiet_pyfuse3():
+            session = _Session(connection, handover, operations, engine, options, passthrough)
+            with guarded_reads(handover.fd, session.lost), _quiet_pyfuse3(), passthrough.installed():
                 await session.run(stats, task_status)
     finally:
         handover.close()
@@ -130,12 +133,14 @@ class _Session:
         operations: WeightOperations,
         engine: MountedEngine,
         options: MountOptions,
+        passthrough: Passthrough,
     ) -> None:
         self._connection = connection
         self._handover = handover
         self._operations = operations
         self._engine = engine
         self._options = options
+        self._passthrough = passthrough
         self._over = trio.Event()  # the connection has ended; handlers may still be waiting
         self._ended = trio.Event()  # the loop and every handler have
         self._scope = trio.CancelScope(
@@ -162,6 +167,8 @@ class _Session:
                         "it did not answer its own statvfs"
                     )
                     return  # through `finally`; raised below the nursery, which would wrap it
+                if self._options.passthrough and not self._over.is_set():
+                    await self._passthrough.start(path, agreed=self._connection.passthrough)
                 task_status.started(mounted)
                 await self._over.wait()
             finally:

@@ -55,6 +55,8 @@ _PARALLEL_DIROPS = 1 << 18
 _MAX_PAGES_FLAG = 1 << 22
 _CACHE_SYMLINKS = 1 << 23
 _INIT_EXT = 1 << 30
+_PASSTHROUGH2 = 1 << 5  # of flags2: bit 37
+_STACK_DEPTH = 1  # the cache's filesystem may not be stacked itself (overlayfs)
 # Not AUTO_INVAL_DATA: a new mtime would throw pages away. Not READDIRPLUS_AUTO: pyfuse3 has no plain readdir.
 _WANTED = (
     _ASYNC_READ
@@ -86,6 +88,7 @@ class MountOptions:
     read_ahead_kib: int = 4096  # measured: 8 requests of 1 MiB in flight; no gain above
     max_tasks: int = 2048  # requests that may wait at once; pyfuse3's own 99 let blocked reads stall stat
     unmount_timeout: float = 2.0  # seconds to wait for a busy mount at the end, before it is detached
+    passthrough: bool = True  # where it can be had: see `passthrough`
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +100,16 @@ class Connection:
     device: str
     kernel_minor: int
     flags: int
+    passthrough: bool = False  # the kernel has agreed to it
 
 
 def connect(mountpoint: Path, options: MountOptions) -> Connection:
     """Mount at `mountpoint` and do the kernel's half of the handshake. Blocking, bounded; MountError."""
     path = mounttable.bounded(lambda: _prepare(mountpoint), 4 * HELPER_TIMEOUT, str(mountpoint))
-    fd = (
-        _mount_directly(path, options)
-        if mounttable.has_mount_privilege()
-        else _mount_by_helper(path, options)
-    )
+    privileged = mounttable.has_mount_privilege()
+    fd = _mount_directly(path, options) if privileged else _mount_by_helper(path, options)
     try:
-        minor, flags = _answer_init(fd, path)
+        minor, flags, passthrough = _answer_init(fd, path, passthrough=options.passthrough and privileged)
         device = mounttable.mounts_at(path)[-1].device
     except BaseException:
         os.close(fd)  # ends the connection; then the dead mount can go
@@ -116,7 +117,7 @@ def connect(mountpoint: Path, options: MountOptions) -> Connection:
             mounttable.take_away(path, lazy=True)
         raise
     _raise_read_ahead(device, options.read_ahead_kib)
-    return Connection(fd, path, device, minor, flags)
+    return Connection(fd, path, device, minor, flags, passthrough)
 
 
 def _prepare(mountpoint: Path) -> Path:
@@ -230,8 +231,8 @@ def _helper_error(path: Path, said: str) -> MountError:
     return MountError(f"fusermount3 could not mount at {path}: {said or 'it gave no reason'}.")
 
 
-def _answer_init(fd: int, path: Path) -> tuple[int, int]:
-    """Read the kernel's FUSE_INIT and answer it; its minor version and the flags that both sides have."""
+def _answer_init(fd: int, path: Path, *, passthrough: bool) -> tuple[int, int, bool]:
+    """Read the kernel's FUSE_INIT and answer it; its minor version, the flags that both sides have, and passthrough."""
     ready = select.poll()
     ready.register(fd, select.POLLIN)
     if not ready.poll(INIT_TIMEOUT * 1000):
@@ -239,13 +240,14 @@ def _answer_init(fd: int, path: Path) -> tuple[int, int]:
     request = os.read(fd, 1 << 16)  # the kernel wants room for at least 8 KiB
     length, opcode, unique, *_ = _IN_HEADER.unpack_from(request)
     body = request[_IN_HEADER.size : length].ljust(_INIT_IN.size, b"\0")
-    major, minor, max_readahead, flags, _flags2 = _INIT_IN.unpack_from(body)
+    major, minor, max_readahead, flags, flags2 = _INIT_IN.unpack_from(body)
     if opcode != _FUSE_INIT or major != _MAJOR or minor < _OLDEST_MINOR or not flags & _DO_READDIRPLUS:
         raise MountError(
             f"The kernel's FUSE {major}.{minor} is too old; {_MAJOR}.{_OLDEST_MINOR} (Linux 5.4) is needed."
         )
     agreed = flags & _WANTED
     pages = MAX_PAGES if agreed & _MAX_PAGES_FLAG else 0
+    passthrough = bool(passthrough and agreed & _INIT_EXT and flags2 & _PASSTHROUGH2)
     answer = _INIT_OUT.pack(
         _MAJOR,
         min(minor, _MINOR),
@@ -257,11 +259,11 @@ def _answer_init(fd: int, path: Path) -> tuple[int, int]:
         1,
         pages,
         0,
-        0,
-        0,
+        _PASSTHROUGH2 if passthrough else 0,
+        _STACK_DEPTH if passthrough else 0,
     )
     os.write(fd, _OUT_HEADER.pack(_OUT_HEADER.size + len(answer), 0, unique) + answer)
-    return minor, agreed
+    return minor, agreed, passthrough
 
 
 def _raise_read_ahead(device: str, kib: int) -> None:

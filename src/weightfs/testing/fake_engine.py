@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 
@@ -64,6 +65,7 @@ class FakeFile:
     excess: int = 0
     reads: list[ByteSpan] = field(default_factory=list)
     handles: int = 0
+    path: Path | None = None
 
     def bytes_of(self, span: ByteSpan) -> bytes:
         """The file's bytes."""
@@ -73,9 +75,13 @@ class FakeFile:
 
 
 class FakeEngine:
-    """`mount.ports.MountedEngine`. Files are named by their path below `models/https/fake.example`."""
+    """`mount.ports.MountedEngine`. Files are named by their path below `models/https/fake.example`.
 
-    def __init__(self) -> None:
+    With a `cache` directory, complete files are there, and may be read there (`backing`).
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self._cache = cache
         self.files: dict[str, FakeFile] = {}
         self.on_change: Callable[[], None] = lambda: None
         self.waiting = 0
@@ -99,12 +105,35 @@ class FakeEngine:
             )
             block = hashlib.shake_128(name.encode()).digest(PERIOD)
             self.files[name] = self._by_id[blob.id] = FakeFile(name, blob, block, int(size * present))
+            if present == 1.0:
+                self._keep(self.files[name])
         self.on_change()
 
+    def complete(self, name: str) -> None:
+        """All of the file is cached and proven from now on."""
+        file = self.files[name]
+        file.present = file.blob.size
+        self._keep(file)
+
+    def spoil(self, name: str) -> None:
+        """One byte of what is cached of the file counts as lost."""
+        self.files[name].present -= 1
+
+    def _keep(self, file: FakeFile) -> None:
+        if self._cache is None:
+            return
+        file.path = self._cache / str(file.blob.id)
+        with file.path.open("wb") as out:
+            for start in range(0, file.blob.size, PERIOD * 64):
+                out.write(file.bytes_of(ByteSpan(start, min(start + PERIOD * 64, file.blob.size))))
+
     def remove(self, name: str) -> None:
-        """Forget a file, as `weightfs evict` and `remove` do."""
-        del self._by_id[self.files.pop(name).blob.id]
+        """Forget a file and delete what is cached of it, as `weightfs rm` does."""
+        file = self.files.pop(name)
+        del self._by_id[file.blob.id]
         self.on_change()
+        if file.path is not None:
+            file.path.unlink(missing_ok=True)
 
     def hold(self, name: str) -> None:
         """Reads of the file wait from now on."""
@@ -141,9 +170,15 @@ class FakeEngine:
             id, size, file.present, trust, complete, digest, sources, "https://fake.example/", self.mtime
         )
 
+    def backing(self, id: BlobId) -> Path | None:  # noqa: A002 - the contract's name
+        """The file in `cache`, while all of it is there."""
+        file = self._by_id.get(id)
+        return file.path if file is not None and file.present == file.blob.size else None
+
     def opened(self, id: BlobId) -> None:  # noqa: A002 - the contract's name
         """Count handles."""
-        self._by_id[id].handles += 1
+        if id in self._by_id:  # else it was removed while its name was still cached
+            self._by_id[id].handles += 1
 
     def released(self, id: BlobId) -> None:  # noqa: A002 - the contract's name
         """Count handles."""

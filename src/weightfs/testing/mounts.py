@@ -85,7 +85,10 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 class FakeMount:
-    """A served mount. Files are given as `{name: size}`; see `FakeEngine`. Use as a context manager."""
+    """A served mount. Files are given as `{name: size}`; see `FakeEngine`. Use as a context manager.
+
+    `sabotage` is Python that the server runs before it serves.
+    """
 
     def __init__(
         self,
@@ -93,6 +96,8 @@ class FakeMount:
         files: dict[str, int],
         *,
         present: float = 0.0,
+        cache: Path | None = None,
+        sabotage: str = "",
         ordinary_user: bool = False,
         options: dict[str, object] | None = None,
         rounds: int = 1,
@@ -106,6 +111,8 @@ class FakeMount:
                 "mountpoint": str(mountpoint),
                 "files": files,
                 "present": present,
+                "cache": None if cache is None else str(cache),
+                "sabotage": sabotage,
                 "options": options or {},
                 "rounds": rounds,
             }
@@ -289,7 +296,7 @@ class _Server:
     """The server process: `serve`, and commands from standard input."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        from weightfs.mount.ops import MountStats
+        from weightfs.mount.stats import MountStats
 
         self.config = config
         self.engine = FakeEngine()
@@ -315,7 +322,9 @@ class _Server:
         from weightfs.mount.serve import serve
         from weightfs.mount.session import MountOptions
 
-        self.engine = FakeEngine()
+        exec(self.config["sabotage"], {})  # noqa: S102 - the test's own
+        cache = self.config["cache"]
+        self.engine = FakeEngine(None if cache is None else Path(cache))
         self.engine.add(self.config["files"].items(), present=self.config["present"])
         options = MountOptions(**self.config["options"])
         answer: dict[str, Any] = {"ended": True}
@@ -389,7 +398,7 @@ class _Server:
                 self.engine.fail(arguments["name"], None if kind is None else FailureKind(kind), chunk)
             case "add":
                 self.engine.add(arguments["files"].items(), present=arguments.get("present", 0.0))
-            case "remove" | "hold" | "let_go":
+            case "remove" | "hold" | "let_go" | "complete" | "spoil":
                 getattr(self.engine, do)(arguments["name"])
             case _:
                 raise ValueError(do)
@@ -407,6 +416,8 @@ class _Server:
             "delayed_reads": self.stats.delayed_reads,
             "held": self.stats.held,
             "internal_errors": self.stats.internal_errors,
+            "passed_opens": self.stats.passed_opens,
+            "passed_files": self.stats.passed_files,
             "in_flight": len(list(self.stats.in_flight(trio.current_time()))),
             "spans": {
                 name: [[s.start, s.stop] for s in file.reads] for name, file in self.engine.files.items()
