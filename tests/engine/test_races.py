@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import trio
 
-from weightfs.core.geometry import ByteSpan
+from weightfs.core.geometry import ByteSpan, ChunkSpan
 from weightfs.core.manifest import BlobId, Policy, Trust
 from weightfs.core.plan import Limits
 from weightfs.core.ref import Ref, parse_ref
+from weightfs.engine import wire
+from weightfs.engine.blobs import BlobState
 from weightfs.engine.committer import Committer
 from weightfs.engine.engine import Engine
+from weightfs.engine.hashing import Hasher
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import FailureKind, ReadError
 from weightfs.testing.engines import running_engine
@@ -210,3 +213,34 @@ async def test_an_empty_blob(tmp_path: Path) -> None:
             await engine.complete(str(ref))
             assert engine.blob_status(blob).trust == Trust.VERIFIED
             assert await engine.read(blob, ByteSpan(0, 0)) == b""
+
+
+async def test_a_blob_removed_while_another_one_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the sealer took a blob out of its queue that was no longer in it, and the engine ended."""
+    files = {"/a": sample(3 * CHUNK, 1), "/b": sample(3 * CHUNK, 2)}
+    hashing, go_on = trio.Event(), trio.Event()
+    honest = Hasher.hash
+
+    async def slowly(self: Hasher, state: BlobState, chunks: ChunkSpan, **how: bool) -> wire.Hashed:
+        hashing.set()
+        await go_on.wait()
+        return await honest(self, state, chunks, **how)
+
+    monkeypatch.setattr(Hasher, "hash", slowly)
+    async with open_origin(files) as origin, running_engine(tmp_path / "cache", LAZY) as engine:
+        with trio.fail_after(SECONDS):
+            refs = [
+                parse_ref(f"{origin.url(path)}#sha256={hashlib.sha256(data).hexdigest()}")
+                for path, data in files.items()
+            ]
+            blobs = [(await engine.add(ref)).entries[0].blob.id for ref in refs]
+            for blob in blobs:
+                await engine.read(blob, ByteSpan(0, 3 * CHUNK))
+            await hashing.wait()
+            while not all(engine._sealer._queued(engine._catalog.state(blob)) for blob in blobs):
+                await trio.sleep(0.001)
+            await engine.remove(str(refs[1]))
+            go_on.set()
+            await engine.complete(str(refs[0]))

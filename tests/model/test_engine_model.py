@@ -32,7 +32,15 @@ from weightfs.engine import committer, holdings, seal
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.engine import Engine, open_engine
 from weightfs.engine.settings import EngineSettings, FillMode
-from weightfs.errors import FailureKind, IntegrityError, NoSpaceError, ReadError, SourceError, WeightfsError
+from weightfs.errors import (
+    CacheError,
+    FailureKind,
+    IntegrityError,
+    NoSpaceError,
+    ReadError,
+    SourceError,
+    WeightfsError,
+)
 from weightfs.store.cache import Cache
 from weightfs.testing.published import sample
 from weightfs.testing.sources import Failing, FlakySource, MemorySource
@@ -439,7 +447,7 @@ class EngineMachine(RuleBasedStateMachine):
                     assert (
                         await self.engine.read(state_of(self.engine, name).id, ByteSpan(0, len(data))) == data
                     )
-                except (ReadError, SourceError, NoSpaceError):  # a hold that is still on
+                except (ReadError, SourceError, CacheError):  # a hold that is still on
                     await trio.sleep(0.005)
                 else:
                     break

@@ -62,6 +62,9 @@ class Sealer:
         """The blob is being removed."""
         self._queue.pop(state.id.raw, None)
 
+    def _queued(self, state: BlobState) -> bool:
+        return self._queue.get(state.id.raw) is state
+
     def _span(self, state: BlobState) -> ChunkSpan | None:
         """What can be fed now, if anything. Readers first: an incomplete blob waits while somebody waits for bytes."""
         count = state.shape.chunk_count
@@ -79,6 +82,8 @@ class Sealer:
         while True:
             self._poked = trio.Event()
             for state in list(self._queue.values()):
+                if not self._queued(state):
+                    continue  # removed while another one was hashed
                 span = self._span(state)
                 if span is None:
                     del self._queue[state.id.raw]  # the next commit brings it back
@@ -111,7 +116,7 @@ class Sealer:
             if await self._holdings.mend(state, life):
                 return
             raise
-        if state.generation != generation or state.id.raw not in self._queue:
+        if state.generation != generation or not self._queued(state):
             return  # chunks were taken away meanwhile: what was fed may not be what is there
         if state.doubted:
             self._holdings.cleared(state, range(span.start, answer.stop))
