@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +23,10 @@ from weightfs.testing.mounts import NOBODY, FakeMount, can_mount, until
 pytestmark = [
     pytest.mark.mount,
     pytest.mark.skipif(not can_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
+    pytest.mark.skipif(
+        tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2]) < (6, 9),
+        reason="needs Linux 6.9",
+    ),
 ]
 
 SIZE = 5_000_003
@@ -357,7 +362,7 @@ while time.monotonic() < end:
     os.close(fd)
 print(json.dumps(sorted(ways)))
 """
-    users = [server.start(HELPERS + code, 3) for _ in range(4)]
+    users = [server.start(HELPERS + code, 1.5) for _ in range(4)]
     while any(user.poll() is None for user in users):
         server.call("spoil", name="a")
         before = server.call("stats")["beats"]

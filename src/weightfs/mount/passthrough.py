@@ -55,6 +55,7 @@ _FOPEN_PASSTHROUGH = 1 << 7
 _CTX = struct.Struct("=IIi")  # struct fuse_ctx of libfuse: uid, gid, pid
 _WORD = 8
 _HEADER_WORDS = 2  # of every Python object
+_PASSING = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENOTCONN, errno.EINTR})
 _NOT_YET = errno.ECANCELED  # the answer to the self-test's first open
 _CLIENT = """
 import os, sys
@@ -200,7 +201,7 @@ class Passthrough:
             self._requests = _Requests()
             with _private_file() as self.private:
                 outcome = await self._self_test(mounted, self.private)
-        except (OSError, AttributeError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the mount does without
             return f"its self-test failed ({error})"
         finally:
             self.private = None
@@ -261,6 +262,9 @@ class Passthrough:
         try:
             return self._register(fd)
         except OSError as error:
+            if error.errno in _PASSING:
+                _log.warning("%s is not passed through: %s", path, error.strerror)
+                return None
             self.on = False
             _log.info(
                 "Complete files are read through weightfs, not passed through: the kernel does not take "
@@ -319,13 +323,13 @@ class _Opening:
             return
         try:
             found = os.fstat(fd)
-            sound = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1
-            if not sound or found.st_size != self._size:
-                self.reason = (
-                    f"it is not the file of {self._size} bytes that weightfs made; run `weightfs verify`"
-                )
+            ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1
+            if not ours or found.st_size != self._size:
+                wanted = f"the file of {self._size} bytes that weightfs made"
+                self.reason = f"it is not {wanted}; run `weightfs verify --repair`"
+                return
             with self._lock:
-                if sound and found.st_size == self._size and not self._taken:
+                if not self._taken:
                     self._fd, fd = fd, -1
         finally:
             if fd >= 0:
