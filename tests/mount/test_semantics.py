@@ -485,8 +485,9 @@ def test_s18_an_error_is_never_cached(hasty: World) -> None:
         talk=True,
     )
     assert reader.stdout is not None
-    assert reader.stdout.readline() == "EIO\n"
+    told = reader.stdout.readline()
     hasty.nginx.resume()
+    assert told == "EIO\n"
     hasty.daemon.finish(reader, "the origin is back\n")
 
 
