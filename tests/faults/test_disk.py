@@ -122,6 +122,21 @@ async def test_a_file_lost_amid_a_fill(tmp_path: Path, damage: Callable[[Path], 
         await read_all(engine, blob)
 
 
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+async def test_a_file_lost_between_the_start_and_its_first_use(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """Regression: the first file that was opened in a session counted as the one that the start had looked at."""
+    async with published_origin(DATA) as (_, ref):
+        async with running_engine(tmp_path / "cache", LAZY) as engine:
+            blob = (await engine.add(ref)).entries[0].blob.id
+            await engine.complete(str(ref))
+        async with running_engine(tmp_path / "cache", LAZY) as engine:
+            damage(data_file(tmp_path / "cache", blob))
+            with trio.fail_after(SECONDS):
+                await read_all(engine, blob)
+
+
 async def test_verify_tells_of_a_lost_file_and_repairs_it(tmp_path: Path) -> None:
     async with opened(tmp_path / "cache") as (engine, _, ref, blob):
         await engine.complete(str(ref))
@@ -372,13 +387,14 @@ async def test_a_full_disk_fails_clearly_and_heals_when_there_is_room(small_disk
 async def serve_what_is_cached(engine: Engine, blob: BlobId, data: bytes) -> None:
     failed: set[FailureKind] = set()
     served = False
-    for start in range(0, len(data), CHUNK):
+    step = 8 * CHUNK
+    for start in range(0, len(data), step):
         try:
-            found = await engine.read(blob, ByteSpan(start, start + CHUNK))
+            found = await engine.read(blob, ByteSpan(start, start + step))
         except ReadError as error:
             failed.add(error.kind)
         else:
-            assert found == data[start : start + CHUNK]
+            assert found == data[start : start + step]
             served = True
     assert served
     assert failed == {FailureKind.NO_SPACE}

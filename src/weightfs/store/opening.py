@@ -169,6 +169,8 @@ def _look_at(txn: Txn, files: SparseFiles, record: BlobRecord, *, was_clean: boo
         )  # fmt: skip
     if not was_clean or mark is None or found is None or _mark_of(found) != mark:
         bits.suspect = bits.present.copy()
+    if found is not None and len(bits.present):
+        files.remember(blob, found)  # one that is put in its place before the first read is not read
     ledger.put_bits(txn, blob, bits)
 
 

@@ -133,7 +133,7 @@ class SparseFiles:
                     raise self._fault(blob, f"has {length} of {size} bytes")
                 if os.fstat(descriptor).st_size != size:
                     os.ftruncate(descriptor, size)
-            self._remember(blob, os.fstat(descriptor))
+            self.remember(blob, os.fstat(descriptor))
             self._whole.add(blob)
             self._tidy.add(blob)
         finally:
@@ -314,7 +314,8 @@ class SparseFiles:
         if self._seen.get(blob, (found.st_dev, found.st_ino)) != (found.st_dev, found.st_ino):
             raise self._fault(blob, "was replaced by another file")
 
-    def _remember(self, blob: BlobId, found: os.stat_result) -> None:
+    def remember(self, blob: BlobId, found: os.stat_result) -> None:
+        """From now on, only this file is the blob's (unless another was seen before)."""
         with self._lock:
             self._seen.setdefault(blob, (found.st_dev, found.st_ino))
 
@@ -342,7 +343,7 @@ class SparseFiles:
 
     def _add(self, blob: BlobId) -> _Handle:
         fresh = _Handle(self._open_file(blob), users=1)
-        self._remember(blob, os.fstat(fresh.descriptor))
+        self.remember(blob, os.fstat(fresh.descriptor))
         closing: list[int] = []
         with self._lock:
             handle = self._open.get(blob)
