@@ -93,10 +93,10 @@ def begin(txn: Txn, files: SparseFiles, root: Path) -> tuple[State, bool]:
 
 
 def end(txn: Txn, files: SparseFiles, state: State) -> None:
-    """Write the clean flag, and how every data file looks."""
+    """Write the clean flag, and how every data file looks that is still the one which was read and written."""
     for key in txn.keys("blob"):
         found = files.status(BlobId(key))
-        if found is not None:
+        if found is not None and files.identity(BlobId(key)) in (None, (found.st_dev, found.st_ino)):
             txn.put_sealed("file", key, encode_file(_mark_of(found)))
     put_state(txn, State(state.epoch, clean=True, instance=state.instance))
 
