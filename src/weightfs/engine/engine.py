@@ -17,7 +17,7 @@ import trio
 from weightfs import __version__
 from weightfs.core import plan
 from weightfs.core.geometry import ByteSpan, ChunkSpan
-from weightfs.core.manifest import BlobId, Manifest
+from weightfs.core.manifest import BlobId, Manifest, Policy
 from weightfs.core.planner import Planner
 from weightfs.core.ref import Ref
 from weightfs.engine import wire
@@ -35,7 +35,7 @@ from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.engine.status import BlobStatus, CacheSpace, EngineStatus, VerifyProgress, VerifyReport
 from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
-from weightfs.errors import CacheError, FailureKind, ReadError
+from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError
 from weightfs.sources import open_source
 from weightfs.sources.base import Source
 from weightfs.store.cache import Cache, StoredRef
@@ -160,6 +160,13 @@ class Engine:
             self._sources.setdefault(ref.scheme, source)
         manifest = await self._sources[ref.scheme].resolve(ref)
         self._pool.own(ref.url)
+        if self.settings.policy is Policy.HOLD and any(
+            entry.blob.sha256 is None for entry in manifest.entries
+        ):
+            raise IntegrityError(
+                f"{manifest.ref} has no digest to be verified with, and policy hold would wait for ever; "
+                "add #sha256=<hex> to the ref, publish a .meta4, or use --policy provisional"
+            )
         async with self._pinning:
             for state in await self._catalog.put(manifest):
                 if self._planner.knows(state.id):

@@ -123,6 +123,9 @@ class Reader:
             if state.trust is Trust.QUARANTINED:
                 text = f"{state.ref} is quarantined (its SHA-256 is not the promised one): use another mirror"
                 raise ReadError(text, kind=FailureKind.MISMATCH, ref=state.ref)
+            if state.blob.sha256 is None:
+                text = f"{state.ref} has no digest to be verified with, and policy {state.policy} demands one"
+                raise ReadError(text, kind=FailureKind.MISMATCH, ref=state.ref)
             if self._fetcher.closed:
                 raise ReadError(self._fetcher.closed.text, kind=FailureKind.CANCELLED, ref=state.ref)
             changed = state.changed

@@ -54,13 +54,15 @@ class Sealer:
 
     def poke(self, state: BlobState) -> None:
         """More of the blob has become durable."""
-        if state.blob.sha256 is not None and state.trust not in (Trust.VERIFIED, Trust.QUARANTINED):
+        unproven = state.blob.sha256 is not None and state.trust not in (Trust.VERIFIED, Trust.QUARANTINED)
+        if unproven and self._holdings.pinned(state):
             self._queue[state.id.raw] = state
             self._poked.set()
 
     def forget(self, state: BlobState) -> None:
         """The blob is being removed."""
-        self._queue.pop(state.id.raw, None)
+        if self._queued(state):
+            del self._queue[state.id.raw]
 
     def _queued(self, state: BlobState) -> bool:
         return self._queue.get(state.id.raw) is state
@@ -81,6 +83,7 @@ class Sealer:
         """Until cancelled."""
         while True:
             self._poked = trio.Event()
+            await trio.lowlevel.checkpoint()  # whatever the queue does, the loop never spins without one
             for state in list(self._queue.values()):
                 if not self._queued(state):
                     continue  # removed while another one was hashed
@@ -103,8 +106,17 @@ class Sealer:
         state.notify()
         await trio.sleep(RETRY_SECONDS)
 
+    async def _prepare(self, state: BlobState) -> bool:
+        if await self._holdings.prepare(state):
+            return True
+        if self._holdings.pinned(state):
+            await trio.sleep(RETRY_SECONDS)  # its log line says why
+        else:
+            self.forget(state)
+        return False
+
     async def _advance(self, state: BlobState, span: ChunkSpan) -> None:
-        if not await self._holdings.prepare(state):
+        if not await self._prepare(state):
             return
         generation = state.generation
         if self._span(state) != span:

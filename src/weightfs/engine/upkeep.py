@@ -49,8 +49,21 @@ class Upkeep:
             await self._complete(path, state)
 
     async def _complete(self, path: str, state: BlobState) -> None:
+        while not state.sealed or len(state.suspect):
+            await self._seal(path, state)
+            # What was recorded before an unclean stop is hashed once more: the whole was proven, the disk was not.
+            for run in list(state.suspect.runs()):
+                span = self._hasher.batch(state, run.start, run.stop)
+                if found := await self._verify_span(state, span):
+                    await self._repair(state, found)
+
+    async def _seal(self, path: str, state: BlobState) -> None:
         while not state.sealed:
             changed, gave_up = state.changed, state.gave_up
+            if not self._holdings.pinned(state):
+                raise ReadError(
+                    f"{state.ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=state.ref
+                )
             await self._holdings.fill(state)
             self._sealer.poke(state)
             if error := state.seal_error:
@@ -64,9 +77,7 @@ class Upkeep:
             if failure := self._planner.stuck(state.id):
                 raise _cannot_complete(path, state, failure)
             if not self._holdings.pinned(state):
-                raise ReadError(
-                    f"{state.ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=state.ref
-                )
+                continue
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_first_of, changed, nursery.cancel_scope)
                 nursery.start_soon(_first_of, gave_up, nursery.cancel_scope)

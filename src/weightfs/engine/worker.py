@@ -310,7 +310,8 @@ class Worker:
         try:
             answer: wire.FromWorker = await self._patient.run(hash_chunks, job)
         except OSError as error:
-            answer = _disk_failure(job.job, error)
+            text = f"the cache cannot be read: {os.strerror(error.errno or errno.EIO)}"
+            answer = wire.JobFailed(job.job, FailureKind.DISK, text)
         await self._send(answer)
 
 
