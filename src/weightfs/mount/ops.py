@@ -105,6 +105,7 @@ class WeightOperations(pyfuse3.Operations):
         self._on_init = on_init
         self._passthrough = passthrough or Passthrough()
         self._open: dict[int, _Open] = {}
+        self._kept: set[int] = set()  # inodes whose pages in the kernel are of the blob as it is pinned now
         self._penance = Penance()
         self._stopping = trio.Event()
         self._uid = os.geteuid()
@@ -115,6 +116,7 @@ class WeightOperations(pyfuse3.Operations):
         """Replace the tree of names, as of `now` (seconds since 1970, the directories' mtime)."""
         self._namespace = namespace
         self._changed_at = now
+        self._kept = {inode for inode in self._kept if namespace.node(inode) is not None}
 
     def stop_holding(self) -> None:
         """From now on failing reads are answered at once: the mount is about to go."""
@@ -214,7 +216,10 @@ class WeightOperations(pyfuse3.Operations):
                 else:  # the kernel has no handle that it would release
                     self._released(inode)
                 raise
-        return FileInfo(fh=FileHandleT(inode), keep_cache=True)
+        # A blob that was removed and pinned again may have been wrong before: its first open drops the old pages.
+        kept = inode in self._kept
+        self._kept.add(inode)
+        return FileInfo(fh=FileHandleT(inode), keep_cache=kept)
 
     async def _pass_through(self, inode: InodeT, held: _Open) -> None:
         """Answer the open, raising Answered, if this inode is passed through; return if it is not."""
