@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import ByteSpan, ChunkSpan
-from weightfs.core.manifest import BlobId, Entry, Manifest, Trust
+from weightfs.core.manifest import BlobId, ChunkList, Entry, Manifest, Trust
 from weightfs.errors import CacheError, DiskFault, IntegrityError, NoSpaceError
 from weightfs.store.cache import Cache, ChunkState, Landing, RunState
+from weightfs.store.records import chunk_key
 from weightfs.testing.caches import Sample
 
 K = 4096
@@ -134,20 +135,54 @@ def test_a_run_ahead_of_the_records_is_not_kept(cache: Cache, sample: Sample) ->
     assert cache.progress(sample.id).run is None
     cache.commit([sample.landing(1)], runs={sample.id: RunState(3, bytes(32))}, now=3)
     assert cache.progress(sample.id).run == RunState(3, bytes(32))
-    cache.drop(sample.id, ChunkSpan(0, 1))  # evicted, but its digest still says what was eaten
-    cache.commit([], runs={sample.id: RunState(3, bytes(32))}, now=3)
-    assert cache.progress(sample.id).run == RunState(3, bytes(32))
+    cache.drop(sample.id, ChunkSpan(0, 1))
+    cache.commit([], runs={sample.id: RunState(3, bytes(32))}, now=3)  # said before the drop
+    assert cache.progress(sample.id).run is None
 
 
 def test_a_run_does_not_outlive_what_it_ate(cache: Cache, sample: Sample) -> None:
-    cache.commit(sample.write(cache, [0, 1]), runs={sample.id: RunState(2, bytes(32))}, now=3)
-    cache.drop(sample.id, ChunkSpan(1, 2))
-    sample.land(cache, [1])
+    """Regression: it stayed, other bytes landed below its frontier, and the blob was called verified."""
+    cache.commit(sample.write(cache, [0, 1, 2]), runs={sample.id: RunState(2, bytes(32))}, now=3)
+    cache.drop(sample.id, ChunkSpan(2, 3))
     assert cache.progress(sample.id).run is not None
     cache.drop(sample.id, ChunkSpan(1, 2))
-    other = Landing(sample.id, 1, hashlib.sha256(b"other").digest(), ChunkState.LANDED, 1)
-    cache.commit([other], now=4)
     assert cache.progress(sample.id).run is None
+
+
+def test_a_run_outlives_what_a_trusted_list_binds(cache: Cache, sample: Sample) -> None:
+    digests = b"".join(sample.landing(chunk).digest for chunk in range(6))
+    listed = replace(sample.blob, chunk_list=ChunkList(K, digests, trusted=True))
+    cache.put_ref(replace(sample, blob=listed).manifest(), now=2)
+    run = RunState(2, bytes(32))
+    cache.commit(sample.write(cache, [0, 1]), runs={sample.id: run}, now=3)
+    cache.drop(sample.id, ChunkSpan(1, 2))
+    assert cache.progress(sample.id).run == run
+    cache.commit([], runs={sample.id: run}, now=3)
+    assert cache.progress(sample.id).run == run
+    assert cache.check(deep=True) == []
+
+
+def test_a_verdict_does_not_outlive_a_record_that_was_spoilt(cache: Cache, sample: Sample) -> None:
+    """Regression: a verified blob stayed so although nothing bound what would land in its hole."""
+    sample.land(cache, range(6))
+    cache.commit([], trusts={sample.id: Trust.VERIFIED}, now=4)
+    cache.drop(sample.id, ChunkSpan(1, 2))
+    assert cache.progress(sample.id).trust is Trust.VERIFIED  # its digest is proven, and binds
+    key = chunk_key(sample.id, 2 * K)
+    cache._index.write(lambda txn: txn.put("chunk", key, b"spoilt"))
+    cache.drop(sample.id, ChunkSpan(2, 3))
+    assert cache.progress(sample.id).trust is Trust.PROVISIONAL
+
+
+def test_a_landing_that_nothing_binds_takes_a_verdict_back(cache: Cache, sample: Sample) -> None:
+    sample.land(cache, range(6))
+    cache.commit([], trusts={sample.id: Trust.VERIFIED}, now=4)
+    cache._index.write(
+        lambda txn: (txn.delete("chunk", chunk_key(sample.id, K)), txn.delete("bits", sample.id.raw))
+    )
+    assert present(cache, sample) == [0, 2, 3, 4, 5]
+    sample.land(cache, [1])
+    assert cache.progress(sample.id).trust is Trust.PROVISIONAL
 
 
 def test_a_verified_blob_binds_what_lands_later(cache: Cache, sample: Sample) -> None:

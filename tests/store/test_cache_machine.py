@@ -65,6 +65,12 @@ class CacheMachine(RuleBasedStateMachine):
         span = SAMPLE.blob.shape.span_of(chunk)
         return bytes(self.content[span.start : span.stop])
 
+    def forget(self, chunks: set[int]) -> None:
+        self.present -= chunks
+        self.suspect -= chunks
+        if self.run is not None and any(chunk < self.run.frontier for chunk in chunks):
+            self.run = None
+
     def write(self, chunks: set[int]) -> None:
         if not self.prepared and not self.present:
             self.content = bytearray(SIZE)  # what nobody recorded is thrown away at the first touch
@@ -91,8 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
         gone = self.present & set(span)
         freed = self.cache.drop(SAMPLE.id, span)
         assert freed == sum(len(SAMPLE.chunk(chunk)) for chunk in gone)
-        self.present -= gone
-        self.suspect -= gone
+        self.forget(gone)
         for chunk in span:
             where = SAMPLE.blob.shape.span_of(chunk)
             self.content[where.start : where.stop] = bytes(len(where))
@@ -104,14 +109,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.suspect -= good
         bad = self.suspect - self.sound
         self.cache.drop(SAMPLE.id, ChunkSet(COUNT, bad), punch=False)
-        self.present -= bad
-        self.suspect -= bad
+        self.forget(bad)
 
     @rule(frontier=st.integers(0, COUNT), state=st.binary(min_size=32, max_size=32))
     def save_run(self, frontier: int, state: bytes) -> None:
         run = RunState(frontier, state)
         self.cache.commit([], runs={SAMPLE.id: run}, now=1)
-        if set(range(frontier)) <= self.digests:
+        if set(range(frontier)) <= self.present:
             self.run = run
 
     @precondition(lambda self: len(self.digests) == COUNT)
@@ -165,12 +169,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.close()
         os.truncate(self.cache.path(SAMPLE.id), length)
         self.cache = Cache.open(self.root, now=1)
-        self.present = {chunk for chunk in self.present if SAMPLE.blob.shape.span_of(chunk).stop <= length}
+        self.forget({chunk for chunk in self.present if SAMPLE.blob.shape.span_of(chunk).stop > length})
         self.suspect = set(self.present)
         self.content[length:] = bytes(SIZE - length)
         # The way back to a whole file: what is left is dropped, as the engine does after the DiskFault.
         self.cache.drop(SAMPLE.id, ChunkSpan(0, COUNT))
-        self.present, self.suspect = set(), set()
+        self.forget(set(self.present))
         self.content = bytearray(SIZE)
         self.prepared = False
 

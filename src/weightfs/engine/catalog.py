@@ -9,12 +9,12 @@ import time
 
 import trio
 
-from weightfs.core.manifest import Blob, BlobId, Manifest, Mirror, Policy
+from weightfs.core.manifest import Blob, BlobId, Manifest, Mirror, Policy, Trust
 from weightfs.core.mirror_rules import with_twins
 from weightfs.core.readahead import ReadAhead
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.settings import EngineSettings
-from weightfs.store.cache import Cache, Progress, StoredRef
+from weightfs.store.cache import Cache, Progress, RunState, StoredRef
 
 _Recalled = tuple[Blob, Progress]
 
@@ -86,6 +86,7 @@ class Catalog:
             known.blob = self._placed(known.blob, blob)
             return known
         kept, progress = recalled
+        run, trust = _founded(kept, progress)
         state = BlobState(
             blob=self._placed(kept, blob),
             ref=stored.manifest.ref,
@@ -95,9 +96,9 @@ class Catalog:
             suspect=progress.suspect,
             readahead=ReadAhead(kept.shape, max_window=self._settings.readahead_bytes),
             policy=kept.policy if self._settings.policy is Policy.PROVISIONAL else self._settings.policy,
-            trust=progress.trust,
-            run=progress.run,
-            resumed=progress.run.frontier if progress.run else 0,
+            trust=trust,
+            run=run,
+            resumed=run.frontier if run else 0,
             mtime=stored.added_at,
             present_bytes=progress.present.byte_count(kept.shape),
         )
@@ -115,6 +116,15 @@ class Catalog:
         orphans = await trio.to_thread.run_sync(self._cache.remove_ref, ref)
         del self._refs[ref]
         return [state for blob in orphans if (state := self._states.pop(blob, None))]
+
+
+def _founded(blob: Blob, progress: Progress) -> tuple[RunState | None, Trust]:
+    """Running hash and trust, as far as every chunk on which they rest is there, or bound by a trusted list."""
+    hole = progress.present.first_hole()
+    if hole is None or (blob.chunk_list is not None and blob.chunk_list.trusted):
+        return progress.run, progress.trust
+    run = progress.run if progress.run is not None and progress.run.frontier <= hole else None
+    return run, blob.initial_trust if progress.trust is Trust.VERIFIED else progress.trust
 
 
 def _joined(first: tuple[Mirror, ...], second: tuple[Mirror, ...]) -> tuple[Mirror, ...]:

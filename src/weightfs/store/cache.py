@@ -326,7 +326,7 @@ class Cache:
                 ledger.confirm(txn, blob, shape, bits, rehashed[blob], epoch=self.epoch)
             conflicts += ledger.land(txn, record, bits, by_blob.get(blob, ()), epoch=self.epoch, now=now)
             if blob in runs:
-                ledger.put_run(txn, blob, shape, bits, runs[blob])
+                ledger.put_run(txn, record, bits, runs[blob])
             ledger.put_bits(txn, blob, bits)
             if blob in trusts:
                 ledger.set_trust(txn, record, trusts[blob])
@@ -346,7 +346,7 @@ class Cache:
             shape = record.blob.shape
             given = ChunkSet(shape.chunk_count, chunks)
             bits = ledger.load_bits(txn, id, shape)
-            dropped = ledger.drop(txn, id, shape, bits, given)
+            dropped = ledger.drop(txn, record, bits, given)
             ledger.put_bits(txn, id, bits)
             return shape, given, dropped
 

@@ -5,7 +5,9 @@ Rules that hold here:
 - A chunk is present if, and only if, its record says so; bitmap and record change in one transaction.
 - Dropping a chunk keeps its digest. A digest on a trusted list, or proven by the whole digest, binds whatever lands
   there later.
-- A running hash is kept only while every chunk that it has eaten has the digest that it had then.
+- A running hash is kept only while every chunk that it has eaten is present with the digest that it had then, or is
+  bound by a trusted list: else other bytes than it has eaten could land below its frontier, and be called verified.
+- A blob is verified only while every hole in it is bound: by a trusted list, or by a digest that was proven.
 - A verdict of the whole digest outranks a list; a trusted list outranks what came over the wire.
 """
 
@@ -202,9 +204,12 @@ def land(
                 )
             )
             continue
-        if run is not None and run.frontier > chunk and (old is None or old.digest != landing.digest):
+        same = old is not None and old.digest == landing.digest and state is not ChunkState.DISK_BAD
+        if run is not None and run.frontier > chunk and not same:
             txn.delete("run", blob.raw)
             run = None
+        if chunk not in required:
+            record = _unprove(txn, record)
         state = _state_of(state, old, landing.digest, listed=bool(record.list_trusted))
         length = len(shape.span_of(chunk))
         fresh = ChunkRecord(state, landing.source, epoch, length, landing.digest, now)
@@ -227,21 +232,42 @@ def _state_of(state: ChunkState, old: ChunkRecord | None, digest: bytes, *, list
     return state
 
 
-def drop(txn: Txn, blob: BlobId, shape: BlobShape, bits: Bits, chunks: Iterable[int]) -> ChunkSet:
-    """Make chunks absent, keep their digests. Returns those that were present."""
+def drop(txn: Txn, record: BlobRecord, bits: Bits, chunks: Iterable[int]) -> ChunkSet:
+    """Make chunks absent, keep their digests. Returns those that were present.
+
+    What was concluded from their bytes goes in the same transaction, unless a digest binds what will land there.
+    """
+    blob, shape = record.blob.id, record.blob.shape
     dropped = ChunkSet(shape.chunk_count)
+    proven = True
     for chunk in chunks:
         if chunk not in bits.present:
             continue
         dropped.add(chunk)
-        record = chunk_record(txn, blob, shape, chunk)
-        if record is None:  # a bit without a readable record: nothing to keep
+        old = chunk_record(txn, blob, shape, chunk)
+        proven = proven and old is not None and old.state is ChunkState.PROVEN
+        if old is None:  # a bit without a readable record: nothing to keep
             txn.delete("chunk", chunk_key(blob, chunk * shape.chunk_length))
         else:
-            put_chunk(txn, blob, shape, chunk, replace(record, absent=True))
+            put_chunk(txn, blob, shape, chunk, replace(old, absent=True))
     bits.present.difference(dropped)
     bits.suspect.difference(dropped)
+    if not record.list_trusted:
+        run = load_run(txn, blob, shape)
+        if run is not None and any(chunk < run.frontier for chunk in dropped):
+            txn.delete("run", blob.raw)
+        if not proven:
+            _unprove(txn, record)
     return dropped
+
+
+def _unprove(txn: Txn, record: BlobRecord) -> BlobRecord:
+    """Take a verdict back: bytes that nothing binds may come into the blob."""
+    if record.trust is not Trust.VERIFIED:
+        return record
+    changed = replace(record, trust=record.initial_trust)
+    put_blob_record(txn, changed)
+    return changed
 
 
 def confirm(txn: Txn, blob: BlobId, shape: BlobShape, bits: Bits, rehashed: ChunkSet, *, epoch: int) -> None:
@@ -255,12 +281,13 @@ def confirm(txn: Txn, blob: BlobId, shape: BlobShape, bits: Bits, rehashed: Chun
             put_chunk(txn, blob, shape, chunk, replace(record, epoch=epoch))
 
 
-def put_run(txn: Txn, blob: BlobId, shape: BlobShape, bits: Bits, run: RunState) -> bool:
-    """Keep a running hash, if every chunk that it has eaten has a recorded digest; else the last one stays."""
+def put_run(txn: Txn, record: BlobRecord, bits: Bits, run: RunState) -> bool:
+    """Keep a running hash, if every chunk that it has eaten is still there or bound; else the last one stays."""
+    blob, shape = record.blob.id, record.blob.shape
     if run.frontier > shape.chunk_count:
         raise ValueError(f"a running hash over {run.frontier} of {shape.chunk_count} chunks")
     for hole in bits.present.holes(ChunkSpan(0, run.frontier)):
-        if any(chunk_record(txn, blob, shape, chunk) is None for chunk in hole):
+        if not record.list_trusted or any(chunk_record(txn, blob, shape, chunk) is None for chunk in hole):
             return False
     txn.put_sealed("run", blob.raw, encode_run(run))
     return True

@@ -121,7 +121,7 @@ def _apply_list(txn: Txn, old: BlobRecord, chosen: ChunkList, notes: list[str]) 
             ledger.put_chunk(txn, blob, shape, chunk, replace(record, state=ChunkState.LISTED))
     if wrong:
         bits = ledger.load_bits(txn, blob, shape)
-        ledger.drop(txn, blob, shape, bits, wrong)
+        ledger.drop(txn, old, bits, wrong)
         ledger.put_bits(txn, blob, bits)
         txn.delete("run", blob.raw)  # it may have eaten them
         notes.append(

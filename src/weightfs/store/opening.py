@@ -161,7 +161,7 @@ def _look_at(txn: Txn, files: SparseFiles, record: BlobRecord, *, was_clean: boo
     found = files.status(blob)
     length = found.st_size if found is not None and stat.S_ISREG(found.st_mode) else 0
     whole = shape.chunk_count if length >= shape.size else length // shape.chunk_length
-    lost = ledger.drop(txn, blob, shape, bits, list(_present_from(bits, whole)))
+    lost = ledger.drop(txn, record, bits, list(_present_from(bits, whole)))
     if len(lost):
         log.warning(
             "the cache file %s has %d of %d bytes: %d chunks are fetched again when they are wanted",

@@ -80,6 +80,13 @@ class BlobRecord:
     list_trusted: bool | None  # None: no list
     list_signer: str = ""
 
+    @property
+    def initial_trust(self) -> Trust:
+        """The state before the whole digest was compared."""
+        if self.list_trusted:
+            return Trust.ATTESTED
+        return Trust.UNVERIFIABLE if self.blob.sha256 is None else Trust.PROVISIONAL
+
 
 @dataclass(frozen=True, slots=True)
 class RefRecord:

@@ -1,0 +1,112 @@
+"""Regressions that a review found: what memory, index and planner believe of one blob stays the same belief."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from weightfs.core.geometry import ByteSpan
+from weightfs.core.manifest import BlobId, Trust
+from weightfs.core.plan import Limits
+from weightfs.core.ref import Ref, parse_ref
+from weightfs.engine.engine import Engine
+from weightfs.engine.settings import EngineSettings, FillMode
+from weightfs.errors import IntegrityError
+from weightfs.testing.engines import running_engine
+from weightfs.testing.origin import Origin, OriginFile, open_origin
+from weightfs.testing.published import sample
+
+MIB = 1 << 20
+DATA = sample(4 * MIB)
+SPOILT = bytes([DATA[0] ^ 1]) + DATA[1:]
+TAG = '"the same"'
+LAZY = EngineSettings(
+    workers=0, fill=FillMode.NEVER, readahead_bytes=0, limits=Limits(hold_base=0.05), commit_seconds=0.01
+)
+SECONDS = 30
+
+
+def pinned(origin: Origin, data: bytes = DATA, path: str = "m.bin") -> Ref:
+    """A ref with the digest of `data`; no chunk list."""
+    return parse_ref(f"{origin.url(path)}#sha256={hashlib.sha256(data).hexdigest()}")
+
+
+async def read(engine: Engine, blob: BlobId, *chunks: int) -> None:
+    for chunk in chunks:
+        assert await engine.read(blob, ByteSpan(chunk * MIB, (chunk + 1) * MIB)) == DATA[chunk * MIB :][:MIB]
+
+
+async def settle(engine: Engine) -> None:
+    """Everything that was read is durable, hashed as far as it goes in order, and recorded."""
+    await engine.quiet()
+    await engine._committer.flush()
+
+
+@asynccontextmanager
+async def open_plain() -> AsyncIterator[tuple[Origin, Ref]]:
+    async with open_origin({"/m.bin": DATA}) as origin:
+        origin.files["/m.bin"] = OriginFile(DATA, etag=TAG)
+        with trio.fail_after(SECONDS):
+            yield origin, pinned(origin)
+
+
+# ---- what was concluded from chunks goes with them
+
+
+async def quarantines(cache: Path, ref: Ref, blob: BlobId) -> None:
+    async with running_engine(cache, LAZY) as engine:
+        with pytest.raises(IntegrityError, match="quarantined"):
+            await engine.complete(str(ref))
+        assert engine.blob_status(blob).trust == Trust.QUARANTINED
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["gone", "cut"])
+async def test_other_bytes_below_a_saved_running_hash_are_not_verified(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    """Regression: the running hash outlived the file, and wrong bytes that came in its stead were `verified`."""
+    cache = tmp_path / "cache"
+    async with open_plain() as (origin, ref):
+        async with running_engine(cache, LAZY) as engine:
+            blob = (await engine.add(ref)).entries[0].blob.id
+            await read(engine, blob, 0, 1, 2)
+            await settle(engine)
+            assert engine._cache.progress(blob).run is not None
+        damage(cache / "blobs" / str(blob))
+        origin.files["/m.bin"] = OriginFile(SPOILT, etag=TAG)
+        await quarantines(cache, ref, blob)
+
+
+async def test_a_kill_between_a_drop_and_the_next_commit(tmp_path: Path) -> None:
+    """Regression: the drop was recorded, and that the running hash begins anew was not."""
+    late = EngineSettings(workers=0, fill=FillMode.NEVER, readahead_bytes=0, commit_seconds=3600)
+    async with open_plain() as (origin, ref):
+        async with running_engine(tmp_path / "cache", late) as engine:
+            blob = (await engine.add(ref)).entries[0].blob.id
+            await read(engine, blob, 0, 1, 2)
+            await settle(engine)
+            assert engine._cache.progress(blob).run is not None
+            await engine._holdings.drop(engine._catalog.state(blob), [0])
+            shutil.copytree(tmp_path / "cache", tmp_path / "killed")
+        origin.files["/m.bin"] = OriginFile(SPOILT, etag=TAG)
+        await quarantines(tmp_path / "killed", ref, blob)
+
+
+async def test_a_verified_blob_with_a_hole_is_proven_anew(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    async with open_plain() as (_, ref):
+        async with running_engine(cache, LAZY) as engine:
+            blob = (await engine.add(ref)).entries[0].blob.id
+            await engine.complete(str(ref))
+        (cache / "blobs" / str(blob)).unlink()
+        async with running_engine(cache, LAZY) as engine:
+            assert engine.blob_status(blob).trust == Trust.PROVISIONAL
+            await engine.complete(str(ref))
+            await read(engine, blob, 0, 1, 2, 3)
+            assert engine.blob_status(blob).trust == Trust.VERIFIED
