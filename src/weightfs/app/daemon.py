@@ -71,6 +71,7 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
         except (OSError, MountError) as error:
             log.error("the mount at %s stays behind: %s", order.mountpoint, error)  # one line
 
+    give_back_buffers()
     try:
         trio.run(partial(run_until_signal, partial(_serve, order, on_ready), last_resort=detach_at_once))
     except BaseExceptionGroup as group:
