@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from weightfs.core.geometry import ByteSpan, ChunkSpan
+from weightfs.core.geometry import MIB, ByteSpan, ChunkSpan
 from weightfs.core.manifest import BlobId, Policy, Trust
 from weightfs.core.plan import Limits
 from weightfs.core.ref import Ref, parse_ref
@@ -20,6 +20,7 @@ from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.committer import Committer
 from weightfs.engine.engine import Engine
+from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import FailureKind, ReadError
@@ -77,22 +78,52 @@ async def test_the_committer_goes_on_after_somebody_else_flushed(tmp_path: Path)
             await trio.sleep(0.001)
 
 
-async def test_adding_again_while_removing(tmp_path: Path) -> None:
+async def test_adding_again_while_removing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: the removal deleted the records and the file of the blob that had just been added again."""
-    async with opened(tmp_path / "cache") as (engine, origin, ref, blob):
-        origin.always["/m.bin"] = Fault(FaultKind.STALL_MID_BODY, after=CHUNK)
+    removing, go_on, added = trio.Event(), trio.Event(), trio.Event()
+    honest = Fetcher.drained
+
+    async def slowly(self: Fetcher, state: BlobState) -> None:
+        removing.set()
+        await go_on.wait()
+        await honest(self, state)
+
+    async with opened(tmp_path / "cache") as (engine, _, ref, blob):
+        await read(engine, blob, 0, 3 * CHUNK)
+        monkeypatch.setattr(Fetcher, "drained", slowly)
+
+        async def add_and_read() -> None:
+            await engine.add(ref)
+            await read(engine, blob)
+            added.set()
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(fails, engine, blob, FailureKind.CANCELLED)
-            while not engine.blob_status(blob).present_bytes:
-                await trio.sleep(0.001)
-            origin.always.clear()
             nursery.start_soon(engine.remove, str(ref))
-            await trio.lowlevel.checkpoint()
-            nursery.start_soon(engine.add, ref)
-        await engine.add(ref)
-        await read(engine, blob)
+            await removing.wait()
+            nursery.start_soon(add_and_read)
+            for _ in range(100):  # long enough for an adding that does not wait for the removal
+                if not added.is_set():
+                    await trio.sleep(0.003)
+            go_on.set()
         await engine.complete(str(ref))
-        assert engine.blob_status(blob).trust == Trust.VERIFIED
+        await read(engine, blob)
+
+
+async def test_what_lands_in_a_lost_file_has_not_landed(tmp_path: Path) -> None:
+    async with opened(tmp_path / "cache") as (engine, origin, _, blob):
+        origin.always["/m.bin"] = Fault(FaultKind.STALL_BEFORE_BODY)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, engine, blob, 0, 1)
+            while not engine._fetcher.jobs:
+                await trio.sleep(0.001)
+            (job,) = (flight.job for flight in engine._planner.jobs(0.0))
+            state = engine._catalog.state(blob)
+            state.life += 1  # as if the file had been lost while the worker's word was on its way
+            engine._handle(wire.ChunkLanded(job, 0, hashlib.sha256(DATA[:CHUNK]).hexdigest()))
+            assert 0 not in state.present
+            origin.always.clear()
+            engine._fetcher.abandon(state)
+        await read(engine, blob)
 
 
 async def test_a_cancelled_removal_is_finished(tmp_path: Path) -> None:
@@ -219,13 +250,15 @@ async def test_a_blob_removed_while_another_one_is_sealed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Regression: the sealer took a blob out of its queue that was no longer in it, and the engine ended."""
-    files = {"/a": sample(3 * CHUNK, 1), "/b": sample(3 * CHUNK, 2)}
-    hashing, go_on = trio.Event(), trio.Event()
+    files = {"/a": sample(3 * MIB, 1), "/b": sample(3 * MIB, 2)}
+    hashing = [trio.Event(), trio.Event()]
+    go_on = [trio.Event(), trio.Event()]
     honest = Hasher.hash
 
     async def slowly(self: Hasher, state: BlobState, chunks: ChunkSpan, **how: bool) -> wire.Hashed:
-        hashing.set()
-        await go_on.wait()
+        call = 1 if hashing[0].is_set() else 0
+        hashing[call].set()
+        await go_on[call].wait()
         return await honest(self, state, chunks, **how)
 
     monkeypatch.setattr(Hasher, "hash", slowly)
@@ -235,12 +268,15 @@ async def test_a_blob_removed_while_another_one_is_sealed(
                 parse_ref(f"{origin.url(path)}#sha256={hashlib.sha256(data).hexdigest()}")
                 for path, data in files.items()
             ]
-            blobs = [(await engine.add(ref)).entries[0].blob.id for ref in refs]
-            for blob in blobs:
-                await engine.read(blob, ByteSpan(0, 3 * CHUNK))
-            await hashing.wait()
-            while not all(engine._sealer._queued(engine._catalog.state(blob)) for blob in blobs):
+            first, second = [(await engine.add(ref)).entries[0].blob.id for ref in refs]
+            await engine.read(first, ByteSpan(0, 1))
+            await hashing[0].wait()
+            await engine.read(first, ByteSpan(0, 3 * MIB))
+            await engine.read(second, ByteSpan(2 * MIB, 3 * MIB))  # nothing of it can be hashed yet
+            while not engine._sealer._queued(engine._catalog.state(second)):
                 await trio.sleep(0.001)
+            go_on[0].set()  # the next round sees both
+            await hashing[1].wait()
             await engine.remove(str(refs[1]))
-            go_on.set()
+            go_on[1].set()
             await engine.complete(str(refs[0]))
