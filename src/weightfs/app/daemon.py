@@ -22,6 +22,7 @@ from weightfs.app import notify, registry
 from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
+from weightfs.app.memory import give_back_buffers
 from weightfs.control.operations import ProcessInfo
 from weightfs.core.ref import Ref
 from weightfs.core.retry import delay, is_permanent
