@@ -2,8 +2,7 @@
 
 A read of 1 MiB allocates 1 MiB. glibc serves the first from `mmap`, then raises its threshold and takes the next from
 the heap, which fragments and is not given back: 438 MB with 64 readers, where 52 MB are in use (tests/bench, row
-`memory`). A fixed threshold (mallopt(3), M_MMAP_THRESHOLD) keeps such buffers out of the heap; their page faults cost less than
-a tenth of a read.
+`memory`). A fixed threshold (mallopt(3), M_MMAP_THRESHOLD) keeps such buffers out of the heap.
 """
 
 from __future__ import annotations
