@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from weightfs.core.geometry import ByteSpan
+from weightfs.core.geometry import KIB, MIB, ByteSpan
 from weightfs.core.manifest import BlobId, Trust
 from weightfs.core.plan import Limits
 from weightfs.core.ref import Ref, parse_ref
@@ -20,9 +20,8 @@ from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import IntegrityError
 from weightfs.testing.engines import running_engine
 from weightfs.testing.origin import Origin, OriginFile, open_origin
-from weightfs.testing.published import sample
+from weightfs.testing.published import chunk_list, sample
 
-MIB = 1 << 20
 DATA = sample(4 * MIB)
 SPOILT = bytes([DATA[0] ^ 1]) + DATA[1:]
 TAG = '"the same"'
@@ -110,3 +109,30 @@ async def test_a_verified_blob_with_a_hole_is_proven_anew(tmp_path: Path) -> Non
             await engine.complete(str(ref))
             await read(engine, blob, 0, 1, 2, 3)
             assert engine.blob_status(blob).trust == Trust.VERIFIED
+
+
+# ---- one shape
+
+
+@pytest.mark.parametrize("chunk_length", [64 * KIB, 4 * MIB])
+async def test_a_second_ref_brings_a_list_in_other_pieces(
+    tmp_path: Path, chunk_length: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Regression: the index took the new chunk length, memory and planner kept the old one, and the engine died."""
+    async with open_plain() as (origin, ref), running_engine(tmp_path / "cache", LAZY) as engine:
+        blob = (await engine.add(ref)).entries[0].blob
+        origin.files["/b.bin"] = OriginFile(DATA)
+        origin.files["/b.bin.meta4"] = OriginFile(
+            chunk_list(DATA, [origin.url("b.bin")], chunk_length=chunk_length)
+        )
+        manifest = await engine.add(parse_ref(origin.url("b.bin")))
+        assert manifest.entries[0].blob.id == blob.id
+        assert manifest.entries[0].blob.shape != blob.shape
+        assert "keeps its chunk length" in caplog.text
+        await read(engine, blob.id, 3, 0)
+        await engine.complete(str(ref))
+        kept = engine._cache.blob(blob.id)
+        assert kept is not None
+        assert kept.shape == engine._catalog.state(blob.id).shape == blob.shape
+    async with running_engine(tmp_path / "cache", LAZY) as engine:
+        await read(engine, blob.id, 0, 1, 2, 3)

@@ -5,6 +5,7 @@ Rule: the index is the truth; memory is made from it at start and changed only a
 
 from __future__ import annotations
 
+import logging
 import time
 
 import trio
@@ -15,6 +16,8 @@ from weightfs.core.readahead import ReadAhead
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.settings import EngineSettings
 from weightfs.store.cache import Cache, Progress, RunState, StoredRef
+
+log = logging.getLogger(__name__)
 
 _Recalled = tuple[Blob, Progress]
 
@@ -67,12 +70,14 @@ class Catalog:
 
     async def put(self, manifest: Manifest) -> list[BlobState]:
         """Pin a manifest; the states of its blobs, new ones and known ones."""
-        stored, recalled = await trio.to_thread.run_sync(self._put, manifest)
+        stored, recalled = await trio.to_thread.run_sync(self._put, manifest, frozenset(self._states))
         self._refs[manifest.ref] = stored
         return [self._note(entry.blob, stored, recalled[entry.blob.id]) for entry in manifest.entries]
 
-    def _put(self, manifest: Manifest) -> tuple[StoredRef, dict[BlobId, _Recalled]]:
-        self._cache.put_ref(manifest, now=int(time.time()))
+    def _put(self, manifest: Manifest, known: frozenset[BlobId]) -> tuple[StoredRef, dict[BlobId, _Recalled]]:
+        # The shape of what is known here is the planner's and the workers' too: it does not change while we run.
+        for note in self._cache.put_ref(manifest, now=int(time.time()), in_use=known):
+            log.warning("%s: %s", manifest.ref, note)
         stored = next(stored for stored in self._cache.refs() if stored.manifest.ref == manifest.ref)
         return stored, {entry.blob.id: self._recall(entry.blob) for entry in manifest.entries}
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -130,14 +130,18 @@ class Cache:
         with self._index.read() as txn:
             return refs.every(txn)
 
-    def put_ref(self, manifest: Manifest, *, now: int) -> tuple[str, ...]:
+    def put_ref(
+        self, manifest: Manifest, *, now: int, in_use: Collection[BlobId] = frozenset()
+    ) -> tuple[str, ...]:
         """Record a ref, its blobs and their lists in one synced transaction.
 
         A ref that is known keeps its earlier revisions; a blob that is known is joined by the rules of
-        `store.merging`. Returns sentences about what was not taken over as given. IntegrityError, ChunkListError.
+        `store.merging`. Blobs `in_use`, and those that were prepared, keep their chunk length. Returns sentences about
+        what was not taken over as given. IntegrityError, ChunkListError.
         """
         with self._changes, self._preparing:  # no file is prepared for a shape that is about to change
-            return self._index.write(lambda txn: refs.put(txn, manifest, in_use=self._prepared, now=now))
+            fixed = self._prepared.union(in_use)
+            return self._index.write(lambda txn: refs.put(txn, manifest, in_use=fixed, now=now))
 
     def remove_ref(self, ref: str) -> list[BlobId]:
         """Forget a ref (nothing happens if it is unknown). Returns its blobs that no other ref names."""

@@ -3,8 +3,8 @@
 Rules, in this order:
 
 - Same id, other size or other SHA-256: refused (IntegrityError).
-- Another chunk length: the new shape is taken if nothing is present, nothing was proven and no file was prepared in
-  this session; else the old shape stays, and a new chunk list that does not fit it is left out.
+- Another chunk length: the new shape is taken if nothing is present, nothing was proven and nobody uses the old one
+  in this session; else the old shape stays, and a new chunk list that does not fit it is left out.
 - A trusted list is never replaced by an untrusted or a different one; a list that contradicts a proven chunk is
   not taken.
 - A new trusted list is held against the record: equal chunks become LISTED, different ones absent. Their space is
@@ -31,7 +31,7 @@ _STRICTNESS = {Policy.PROVISIONAL: 0, Policy.HOLD: 1, Policy.STRICT: 2}
 def put_blob(txn: Txn, blob: Blob, *, shared: bool, in_use: bool) -> list[str]:
     """Add a blob, or join it with what is known. Returns sentences about what was not taken over as given.
 
-    `shared`: other refs name it. `in_use`: its file was prepared in this session.
+    `shared`: other refs name it. `in_use`: somebody counts on its shape.
     """
     _check_list(blob)
     old = ledger.blob_record(txn, blob.id)
@@ -48,9 +48,9 @@ def put_blob(txn: Txn, blob: Blob, *, shared: bool, in_use: bool) -> list[str]:
                 txn, replace(blob, sha256=blob.sha256 or old.blob.sha256), shared=False, in_use=False
             )
         notes.append(
-            f"blob {blob.id} keeps its chunk length of {old.blob.shape.chunk_length} bytes, in which chunks are "
-            f"cached; the published list in pieces of {blob.shape.chunk_length} bytes takes effect after "
-            "the model was evicted and added again"
+            f"blob {blob.id} keeps its chunk length of {old.blob.shape.chunk_length} bytes, which is in use; the "
+            f"published list in pieces of {blob.shape.chunk_length} bytes takes effect after the model was removed "
+            "(`weightfs rm`) and added again"
         )
         blob = replace(blob, shape=old.blob.shape, chunk_list=None)
     known = ledger.whole_blob(txn, old)

@@ -49,7 +49,7 @@ def named(txn: Txn) -> set[BlobId]:
 
 
 def put(txn: Txn, manifest: Manifest, *, in_use: Collection[BlobId], now: int) -> tuple[str, ...]:
-    """See `Cache.put_ref`. `in_use`: blobs whose files were prepared in this session."""
+    """See `Cache.put_ref`. `in_use`: blobs whose shape somebody counts on in this session."""
     _check(manifest)
     elsewhere = {
         blob for record in ledger.ref_records(txn) if record.ref != manifest.ref for _, blob in record.entries
