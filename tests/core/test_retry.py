@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 
 from weightfs.core.retry import (
     RETRY_AFTER_CAP,
-    Verdict,
     blames_mirror,
     delay,
     is_permanent,
     parse_retry_after,
-    verdict,
 )
 from weightfs.errors import FailureKind
 
@@ -32,15 +30,6 @@ def test_every_kind_has_a_row_that_makes_sense() -> None:
     for kind in FailureKind:
         assert is_permanent(kind) == (kind in PERMANENT)
         assert blames_mirror(kind) == (kind not in NOT_THE_MIRRORS_FAULT)
-        if blames_mirror(kind):
-            assert verdict(kind) is Verdict.RETRY_OTHER
-    assert {kind for kind in FailureKind if verdict(kind) is Verdict.GIVE_UP} == {"cancelled", "disk"}
-    assert {kind for kind in FailureKind if verdict(kind) is Verdict.STREAM} == {"no_ranges"}
-    assert {kind for kind in FailureKind if verdict(kind) is Verdict.RETRY_SAME} == {"worker", "no_space"}
-
-
-def test_what_gives_up_is_permanent() -> None:
-    assert all(is_permanent(kind) for kind in FailureKind if verdict(kind) is Verdict.GIVE_UP)
 
 
 @given(attempts, jitters)

@@ -40,6 +40,7 @@ def publish(file: str, urls: tuple[str, ...], key: str | None, as_json: bool) ->
     FILE.meta4.minisig is written too. The password of the key is asked for, or taken from WEIGHTFS_SIGN_PASSWORD.
     """
     from weightfs.cli.progress import make_progress
+    from weightfs.core import merkle
     from weightfs.core.metalink import write_metalink
     from weightfs.sources.publish import describe
 
@@ -54,13 +55,20 @@ def publish(file: str, urls: tuple[str, ...], key: str | None, as_json: bool) ->
     if secret is not None:
         written.append(_write(written[0].with_name(written[0].name + ".minisig"), secret.sign(data)))
     digest = "" if metalink.sha256 is None else metalink.sha256.hex()
+    root = merkle.root(metalink.digests).hex()
     if as_json:
-        document = {"files": [str(one) for one in written], "sha256": digest, "size_bytes": metalink.size}
+        document = {
+            "files": [str(one) for one in written],
+            "sha256": digest,
+            "size_bytes": metalink.size,
+            "merkle_root": root,
+        }
         click.echo(json.dumps(document, indent=2))
     else:
         for one in written:
             click.echo(one)
         click.echo(f"ref: {urls[0]}#sha256={digest}")
+        click.echo(f"chunk list: {len(metalink.digests) // 32} chunks, Merkle root {root}")
     return 0
 
 

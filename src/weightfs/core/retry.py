@@ -8,7 +8,6 @@ a bit flip on the way passes.
 
 from __future__ import annotations
 
-import enum
 import math
 import re
 from collections.abc import Mapping
@@ -23,51 +22,34 @@ _MAX_HEADER_CHARS = 64  # the longest HTTP-date has 33
 _MAX_DOUBLINGS = 62
 
 
-class Verdict(enum.Enum):
-    """What the planner does with the span that failed."""
-
-    RETRY_SAME = "retry_same"  # nothing was the mirror's fault: any mirror will do, this one too
-    RETRY_OTHER = "retry_other"  # another mirror at once; this one later, after `delay`
-    STREAM = "stream"  # the mirror has no ranges: it can give the whole blob as one stream, from byte 0
-    GIVE_UP = "give_up"  # no mirror can help
-
-
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    verdict: Verdict
     permanent: bool  # asking the same place again later gives the same answer
     blames: bool  # counts against the mirror
 
 
 _RULES: Mapping[FailureKind, _Rule] = MappingProxyType(
     {
-        FailureKind.CONNECT: _Rule(Verdict.RETRY_OTHER, permanent=False, blames=True),
-        FailureKind.TIMEOUT: _Rule(Verdict.RETRY_OTHER, permanent=False, blames=True),
-        FailureKind.STALL: _Rule(Verdict.RETRY_OTHER, permanent=False, blames=True),
-        FailureKind.RESET: _Rule(Verdict.RETRY_OTHER, permanent=False, blames=True),
-        FailureKind.SHORT: _Rule(Verdict.RETRY_OTHER, permanent=False, blames=True),
-        FailureKind.BUSY: _Rule(Verdict.RETRY_OTHER, permanent=False, blames=True),
-        FailureKind.PROTOCOL: _Rule(Verdict.RETRY_OTHER, permanent=False, blames=True),
-        FailureKind.NO_RANGES: _Rule(Verdict.STREAM, permanent=False, blames=False),
-        FailureKind.REDIRECT: _Rule(Verdict.RETRY_OTHER, permanent=True, blames=True),
-        FailureKind.TLS: _Rule(Verdict.RETRY_OTHER, permanent=True, blames=True),
-        FailureKind.AUTH: _Rule(Verdict.RETRY_OTHER, permanent=True, blames=True),
-        FailureKind.NOT_FOUND: _Rule(Verdict.RETRY_OTHER, permanent=True, blames=True),
-        FailureKind.CHANGED: _Rule(Verdict.RETRY_OTHER, permanent=True, blames=True),
-        FailureKind.MISMATCH: _Rule(Verdict.RETRY_OTHER, permanent=False, blames=True),
-        FailureKind.CANCELLED: _Rule(Verdict.GIVE_UP, permanent=True, blames=False),
-        FailureKind.WORKER: _Rule(Verdict.RETRY_SAME, permanent=False, blames=False),
-        FailureKind.NO_SPACE: _Rule(
-            Verdict.RETRY_SAME, permanent=False, blames=False
-        ),  # once something was evicted
-        FailureKind.DISK: _Rule(Verdict.GIVE_UP, permanent=True, blames=False),
+        FailureKind.CONNECT: _Rule(permanent=False, blames=True),
+        FailureKind.TIMEOUT: _Rule(permanent=False, blames=True),
+        FailureKind.STALL: _Rule(permanent=False, blames=True),
+        FailureKind.RESET: _Rule(permanent=False, blames=True),
+        FailureKind.SHORT: _Rule(permanent=False, blames=True),
+        FailureKind.BUSY: _Rule(permanent=False, blames=True),
+        FailureKind.PROTOCOL: _Rule(permanent=False, blames=True),
+        FailureKind.NO_RANGES: _Rule(permanent=False, blames=False),
+        FailureKind.REDIRECT: _Rule(permanent=True, blames=True),
+        FailureKind.TLS: _Rule(permanent=True, blames=True),
+        FailureKind.AUTH: _Rule(permanent=True, blames=True),
+        FailureKind.NOT_FOUND: _Rule(permanent=True, blames=True),
+        FailureKind.CHANGED: _Rule(permanent=True, blames=True),
+        FailureKind.MISMATCH: _Rule(permanent=False, blames=True),
+        FailureKind.CANCELLED: _Rule(permanent=True, blames=False),
+        FailureKind.WORKER: _Rule(permanent=False, blames=False),
+        FailureKind.NO_SPACE: _Rule(permanent=False, blames=False),  # once something was evicted
+        FailureKind.DISK: _Rule(permanent=True, blames=False),
     }
 )
-
-
-def verdict(kind: FailureKind) -> Verdict:
-    """What to do next with a span whose fetch failed in this way."""
-    return _RULES[kind].verdict
 
 
 def is_permanent(kind: FailureKind) -> bool:
