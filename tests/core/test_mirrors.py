@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from weightfs.core.geometry import MIB
 from weightfs.core.manifest import Mirror
-from weightfs.core.mirrors import FAULT_HALF_LIFE, REMEASURE_AFTER, MirrorBoard
+from weightfs.core.mirrors import FAULT_HALF_LIFE, REMEASURE_AFTER, MirrorBoard, joined
 from weightfs.core.retry import RETRY_AFTER_CAP, blames_mirror
 from weightfs.errors import FailureKind
 
@@ -227,3 +227,10 @@ def test_whatever_happened_a_mirror_that_is_allowed_is_given(
     chosen = made.choose(now, frozenset(avoid))
     assert (chosen is None) == (avoid == {0, 1, 2})
     assert chosen not in avoid
+
+
+def test_joined_mirrors_keep_their_places_and_take_the_newest_words() -> None:
+    one, two, three = (Mirror(f"https://m{n}/f", 5, '"old"') for n in range(3))
+    newer = Mirror(one.url, 7, '"new"')
+    assert joined((one, two), (three, newer, three)) == (newer, two, three)
+    assert joined((one,), ()) == (one,)

@@ -697,6 +697,19 @@ def test_new_mirrors_are_appended_and_past_faults_forgotten() -> None:
     made.finish({A: 1}, others=FailureKind.CONNECT)
 
 
+def test_a_known_mirror_is_replaced_in_its_place() -> None:
+    """Regression: only URLs were compared, so a new priority (or validator) was never heard of."""
+    made = driver("one", "two")
+    renewed = Mirror("http://one/x", 9, '"new"')
+    made.feed(plan.Remirrored(A, (*mirrors("two"), renewed)))
+    assert [(score.url, score.priority) for score in made.planner.scores(A)] == [
+        ("http://one/x", 9),
+        ("http://two/x", 1),
+    ]
+    made.need(A, 0, 1)
+    assert made.jobs[only(made)].fetch.mirror == 1
+
+
 # ---- an honest mirror
 
 

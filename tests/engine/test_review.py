@@ -17,14 +17,14 @@ from weightfs.core.plan import Limits
 from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
-from weightfs.errors import IntegrityError
+from weightfs.errors import IntegrityError, ReadError
 from weightfs.testing.engines import running_engine
 from weightfs.testing.origin import Origin, OriginFile, open_origin
 from weightfs.testing.published import chunk_list, sample
 
 DATA = sample(4 * MIB)
 SPOILT = bytes([DATA[0] ^ 1]) + DATA[1:]
-TAG = '"the same"'
+TAG = '"one"'
 LAZY = EngineSettings(
     workers=0, fill=FillMode.NEVER, readahead_bytes=0, limits=Limits(hold_base=0.05), commit_seconds=0.01
 )
@@ -136,3 +136,19 @@ async def test_a_second_ref_brings_a_list_in_other_pieces(
         assert kept.shape == engine._catalog.state(blob.id).shape == blob.shape
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         await read(engine, blob.id, 0, 1, 2, 3)
+
+
+# ---- what a refresh brings
+
+
+async def test_a_refresh_brings_a_new_validator(tmp_path: Path) -> None:
+    """Regression: the same bytes had a new ETag, and every read failed until the next start."""
+    async with open_plain() as (origin, ref), running_engine(tmp_path / "cache", LAZY) as engine:
+        blob = (await engine.add(ref)).entries[0].blob.id
+        await read(engine, blob, 0)
+        origin.files["/m.bin"] = OriginFile(DATA, etag='"two"')
+        with pytest.raises(ReadError):
+            await read(engine, blob, 1)
+        await engine.add(ref, refresh=True)
+        assert [mirror.validator for mirror in engine._catalog.state(blob).mirrors] == ['"two"']
+        await read(engine, blob, 1, 2, 3)

@@ -59,6 +59,19 @@ class _Record:
         return self.level * decay
 
 
+def joined(known: Sequence[Mirror], fresh: Sequence[Mirror]) -> tuple[Mirror, ...]:
+    """`known` in the same order, each as `fresh` has it (its validator may be newer), then what else is in `fresh`.
+
+    Jobs in flight name mirrors by number: none changes its place, and none is taken away.
+    """
+    newest: dict[str, Mirror] = {}
+    for mirror in fresh:
+        newest.setdefault(mirror.url, mirror)
+    kept = tuple(newest.get(mirror.url, mirror) for mirror in known)
+    urls = {mirror.url for mirror in kept}
+    return kept + tuple(mirror for url, mirror in newest.items() if url not in urls)
+
+
 class MirrorBoard:
     """The mirrors of one blob and what is known about them. Indices are those of the sequence given."""
 

@@ -59,7 +59,8 @@ class Removed:
 class Remirrored:
     """The blob has these mirrors too; past faults are forgotten.
 
-    Mirrors keep their numbers: those with a new URL are appended, none is taken away.
+    Mirrors keep their numbers: one of a known URL takes the place of the old one, for its priority or validator may be
+    another; those with a new URL are appended, none is taken away.
     """
 
     blob: BlobId

@@ -22,7 +22,7 @@ from weightfs.core import plan
 from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import BlobId, Mirror
-from weightfs.core.mirrors import MirrorBoard, MirrorScore
+from weightfs.core.mirrors import MirrorBoard, MirrorScore, joined
 from weightfs.core.plan import Failure, Limits, Priority
 from weightfs.core.planfaults import Faults
 from weightfs.core.planledger import BlobPlan, Job, Ledger, Waiter
@@ -199,9 +199,7 @@ class Planner:
             self._scheduler.remove(blob)
 
     def _remirrored(self, blob: BlobPlan, mirrors: tuple[Mirror, ...]) -> None:
-        # Jobs in flight name mirrors by number: new ones are appended, old ones kept in place.
-        known = {mirror.url for mirror in blob.mirrors}
-        blob.mirrors += tuple(mirror for mirror in mirrors if mirror.url not in known)
+        blob.mirrors = joined(blob.mirrors, mirrors)
         blob.board = MirrorBoard(blob.mirrors)
         self._faults.forgive(blob)
 

@@ -10,8 +10,9 @@ import time
 
 import trio
 
-from weightfs.core.manifest import Blob, BlobId, Manifest, Mirror, Policy, Trust
+from weightfs.core.manifest import Blob, BlobId, Manifest, Policy, Trust
 from weightfs.core.mirror_rules import with_twins
+from weightfs.core.mirrors import joined
 from weightfs.core.readahead import ReadAhead
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.settings import EngineSettings
@@ -112,7 +113,7 @@ class Catalog:
 
     def _placed(self, blob: Blob, also: Blob) -> Blob:
         """`blob`, to be had where both are, and where the configuration has twins of these places."""
-        return with_twins(blob.with_mirrors(_joined(blob.mirrors, also.mirrors)), self._settings.mirrors)
+        return with_twins(blob.with_mirrors(joined(blob.mirrors, also.mirrors)), self._settings.mirrors)
 
     async def remove(self, ref: str) -> list[BlobState]:
         """Unpin; the states of blobs that no ref names any more. KeyError if it is not pinned."""
@@ -130,8 +131,3 @@ def _founded(blob: Blob, progress: Progress) -> tuple[RunState | None, Trust]:
         return progress.run, progress.trust
     run = progress.run if progress.run is not None and progress.run.frontier <= hole else None
     return run, blob.initial_trust if progress.trust is Trust.VERIFIED else progress.trust
-
-
-def _joined(first: tuple[Mirror, ...], second: tuple[Mirror, ...]) -> tuple[Mirror, ...]:
-    urls = {mirror.url for mirror in first}
-    return first + tuple(mirror for mirror in second if mirror.url not in urls)
