@@ -39,8 +39,8 @@ bench: ## Measure beside curl, aria2 and rclone into build/bench.{txt,json}. ROU
 	@.ci/setup bench
 	@$(BIN)/python tests/bench/bench.py --rounds $(ROUNDS) --size $(SIZE) $(ARGS)
 
-soak: setup ## The model and property tests for a long time (Hypothesis profile "soak").
-	$(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model
+soak: setup ## The model, property and crash tests for a long time (Hypothesis profile "soak").
+	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model tests/faults
 
 lock: setup ## Resolve the dependencies of pyproject.toml again into .lock/.
 	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 pyproject.toml -o .lock/run.txt
