@@ -152,3 +152,62 @@ async def test_a_refresh_brings_a_new_validator(tmp_path: Path) -> None:
         await engine.add(ref, refresh=True)
         assert [mirror.validator for mirror in engine._catalog.state(blob).mirrors] == ['"two"']
         await read(engine, blob, 1, 2, 3)
+
+
+def publish_list(origin: Origin) -> None:
+    origin.files["/m.bin.meta4"] = OriginFile(chunk_list(DATA, [origin.url("m.bin")], chunk_length=MIB))
+
+
+async def test_a_refresh_brings_a_list_that_refutes_a_chunk(tmp_path: Path) -> None:
+    """Regression: the index dropped the chunk, memory went on serving it, and the blob was quarantined for good."""
+    async with open_plain() as (origin, ref), running_engine(tmp_path / "cache", LAZY) as engine:
+        origin.files["/m.bin"] = OriginFile(SPOILT, etag=TAG)
+        blob = (await engine.add(ref)).entries[0].blob.id
+        await engine.read(blob, ByteSpan(0, 1))
+        await read(engine, blob, 1)
+        await settle(engine)
+        origin.files["/m.bin"] = OriginFile(DATA, etag=TAG)
+        publish_list(origin)
+        await engine.add(ref, refresh=True)
+        state = engine._catalog.state(blob)
+        assert state.trust is Trust.ATTESTED
+        assert state.durable == engine._cache.progress(blob).present
+        await read(engine, blob, 0)
+        await engine.complete(str(ref))
+        assert engine.blob_status(blob).trust == Trust.VERIFIED
+
+
+async def test_a_quarantined_blob_is_cured_by_a_trusted_list(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    async with open_plain() as (origin, ref), running_engine(cache, LAZY) as engine:
+        origin.files["/m.bin"] = OriginFile(SPOILT, etag=TAG)
+        blob = (await engine.add(ref)).entries[0].blob.id
+        with pytest.raises(IntegrityError, match="quarantined"):
+            await engine.complete(str(ref))
+        origin.files["/m.bin"] = OriginFile(DATA, etag=TAG)
+        publish_list(origin)
+        await engine.add(ref, refresh=True)
+        await engine.complete(str(ref))
+        await read(engine, blob, 0, 1, 2, 3)
+        await settle(engine)
+        assert engine._cache.progress(blob).trust is Trust.VERIFIED
+
+
+async def test_a_list_that_refutes_nothing_keeps_what_is_cached(tmp_path: Path) -> None:
+    async with open_plain() as (origin, ref), running_engine(tmp_path / "cache", LAZY) as engine:
+        blob = (await engine.add(ref)).entries[0].blob.id
+        await engine.complete(str(ref))
+        publish_list(origin)
+        await engine.add(ref, refresh=True)
+        state = engine._catalog.state(blob)
+        assert (state.trust, state.generation, state.present.full) == (Trust.VERIFIED, 0, True)
+        assert state.blob.chunk_list is not None
+
+
+async def test_a_chunk_that_is_dropped_twice_at_once_counts_once(tmp_path: Path) -> None:
+    """Regression: its bytes were subtracted from what is present for each time that it was named."""
+    async with open_plain() as (_, ref), running_engine(tmp_path / "cache", LAZY) as engine:
+        blob = (await engine.add(ref)).entries[0].blob.id
+        await read(engine, blob, 0, 1)
+        await engine._holdings.drop(engine._catalog.state(blob), [0, 0])
+        assert engine.blob_status(blob).present_bytes == MIB

@@ -171,6 +171,7 @@ class Engine:
             for state in await self._catalog.put(manifest):
                 if self._planner.knows(state.id):
                     self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
+                    await self._holdings.adopt(state)
                 else:
                     self._begin(state)
         self.on_change()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
 from weightfs.core import plan
 from weightfs.core.chunkset import ChunkSet
-from weightfs.core.manifest import BlobId, Trust
+from weightfs.core.manifest import Blob, BlobId, Trust
 from weightfs.core.plan import Failure
 from weightfs.core.planner import Planner
 from weightfs.engine.blobs import BlobState
@@ -169,9 +169,40 @@ class Holdings:
 
         Without a trusted list, the bytes that come next may be others than the running hash has taken: it starts anew.
         """
-        gone = [chunk for chunk in chunks if chunk in state.present]
+        gone = [chunk for chunk in dict.fromkeys(chunks) if chunk in state.present]
         if gone and self.pinned(state):
             await self._drop(state, gone)
+
+    async def adopt(self, state: BlobState) -> None:
+        """Believe of a known blob what the index was told since: a chunk list, and what that says of cached chunks.
+
+        CacheError if the index cannot be read.
+        """
+        with trio.CancelScope(shield=True):  # the index has changed already
+            durable = state.durable.copy()
+            kept, recorded = await trio.to_thread.run_sync(self._recall, state)
+            old = state.blob.chunk_list
+            if kept is None or kept.chunk_list in (None, old) or not self.pinned(state):
+                return
+            state.blob = replace(state.blob, chunk_list=kept.chunk_list)
+            if kept.initial_trust is Trust.ATTESTED and not (old is not None and old.trusted):
+                durable.difference(recorded)
+                await self._attest(state, [chunk for chunk in durable if chunk in state.present])
+
+    def _recall(self, state: BlobState) -> tuple[Blob | None, ChunkSet]:
+        return self._cache.blob(state.id), self._cache.progress(state.id).present
+
+    async def _attest(self, state: BlobState, wrong: list[int]) -> None:
+        """There is a trusted list now, and `wrong` are the chunks that it refuted: the rules of `store.merging`."""
+        if wrong or state.trust not in (Trust.VERIFIED, Trust.QUARANTINED):
+            state.trust = Trust.ATTESTED
+        self._committer.judged(state.id, state.trust)  # instead of what was queued before
+        if wrong and min(wrong) < state.frontier:
+            state.run = self.restart_hash(state)
+        self._fetcher.abandon(state)  # what is on its way is not compared with the list: planned anew
+        if wrong:
+            await self._drop(state, wrong)
+        state.notify()
 
     async def _drop(self, state: BlobState, gone: list[int], *, everything: bool = False) -> None:
         state.generation += 1
