@@ -18,6 +18,7 @@ from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import IntegrityError, ReadError
+from weightfs.store.cache import Cache
 from weightfs.testing.engines import running_engine
 from weightfs.testing.origin import Origin, OriginFile, open_origin
 from weightfs.testing.published import chunk_list, sample
@@ -211,3 +212,58 @@ async def test_a_chunk_that_is_dropped_twice_at_once_counts_once(tmp_path: Path)
         await read(engine, blob, 0, 1)
         await engine._holdings.drop(engine._catalog.state(blob), [0, 0])
         assert engine.blob_status(blob).present_bytes == MIB
+
+
+# ---- space that nobody names
+
+
+@asynccontextmanager
+async def open_moving(cache: Path) -> AsyncIterator[tuple[Engine, Origin, Ref, BlobId]]:
+    """One version is cached, and the origin has another one."""
+    async with open_origin({"/m.bin": DATA}) as origin, running_engine(cache, LAZY) as engine:
+        with trio.fail_after(SECONDS):
+            ref = parse_ref(origin.url("m.bin"))
+            blob = (await engine.add(ref)).entries[0].blob.id
+            await read(engine, blob, 0, 1, 2, 3)
+            origin.files["/m.bin"] = OriginFile(SPOILT)
+            yield engine, origin, ref, blob
+
+
+def files(cache: Path) -> set[str]:
+    return {path.name for path in (cache / "blobs").iterdir()}
+
+
+async def test_a_ref_that_moves_on_frees_what_it_was(tmp_path: Path) -> None:
+    """Regression: nothing named the old version any more, and nothing could delete it."""
+    cache = tmp_path / "cache"
+    async with open_moving(cache) as (engine, _, ref, old):
+        assert (await engine.add(ref, refresh=True)).entries[0].blob.id != old
+        assert files(cache) == set()
+        assert engine.status().cache_bytes == 0
+        assert engine._cache.orphans() == []
+
+
+async def test_what_somebody_reads_is_freed_when_it_is_released(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    async with open_moving(cache) as (engine, _, ref, old):
+        engine.opened(old)
+        await engine.add(ref, refresh=True)
+        await read(engine, old, 2)
+        engine.released(old)
+        while files(cache):
+            await trio.sleep(0.001)
+        assert engine._catalog.get(old) is None
+
+
+async def test_a_start_frees_what_no_ref_names(tmp_path: Path) -> None:
+    """Regression: so did a removal that was cut short between the ref and its file."""
+    cache = tmp_path / "cache"
+    async with open_moving(cache) as (engine, _, ref, old):
+        await settle(engine)
+        shutil.copytree(cache, tmp_path / "killed")
+    copy = await trio.to_thread.run_sync(lambda: Cache.open(tmp_path / "killed", now=1))
+    copy.remove_ref(str(ref))
+    copy.close()
+    assert files(tmp_path / "killed") == {str(old)}
+    async with running_engine(tmp_path / "killed", LAZY):
+        assert files(tmp_path / "killed") == set()

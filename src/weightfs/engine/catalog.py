@@ -16,6 +16,7 @@ from weightfs.core.mirrors import joined
 from weightfs.core.readahead import ReadAhead
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.settings import EngineSettings
+from weightfs.errors import CacheError
 from weightfs.store.cache import Cache, Progress, RunState, StoredRef
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,14 @@ class Catalog:
         return [(f"{manifest.tree}/{entry.path}", self._states[entry.blob.id]) for entry in manifest.entries]
 
     def load(self) -> None:
-        """Read everything from the index. Blocks; before anything else."""
+        """Read everything from the index, and delete what no ref names. Blocks; before anything else."""
+        for blob in self._cache.orphans():  # left by a ref that moved on, or by a removal that was cut short
+            try:
+                freed = self._cache.delete_blob(blob)
+            except CacheError as error:
+                log.warning("blob %s, which no model names, keeps its space: %s", blob, error)
+            else:
+                log.info("blob %s, which no model names, was deleted: %d bytes", blob, freed)
         for stored in self._cache.refs():
             self._refs[stored.manifest.ref] = stored
             for entry in stored.manifest.entries:
@@ -114,6 +122,15 @@ class Catalog:
     def _placed(self, blob: Blob, also: Blob) -> Blob:
         """`blob`, to be had where both are, and where the configuration has twins of these places."""
         return with_twins(blob.with_mirrors(joined(blob.mirrors, also.mirrors)), self._settings.mirrors)
+
+    def unnamed(self) -> list[BlobState]:
+        """Blobs that no ref names any more: a refresh moved their ref to other content."""
+        named = {entry.blob.id for stored in self._refs.values() for entry in stored.manifest.entries}
+        return [state for blob, state in self._states.items() if blob not in named]
+
+    def forget(self, state: BlobState) -> None:
+        """The blob is being deleted."""
+        self._states.pop(state.id, None)
 
     async def remove(self, ref: str) -> list[BlobState]:
         """Unpin; the states of blobs that no ref names any more. KeyError if it is not pinned."""

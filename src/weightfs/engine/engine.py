@@ -59,6 +59,7 @@ class Engine:
         # What is pinned changes one ref at a time: a blob that is being removed cannot be added meanwhile. Never held
         # while an origin is asked.
         self._pinning = trio.Lock()
+        self._left: set[BlobId] = set()  # blobs without a ref that somebody still reads
         self._planner = Planner(settings.limits)
         self._catalog = Catalog(cache, settings)
         self._holdings = Holdings(cache, self._planner, self._catalog.get, self._durable, nursery)
@@ -175,6 +176,7 @@ class Engine:
                 else:
                     self._begin(state)
         self.on_change()
+        await self._tidy()
         return manifest
 
     async def remove(self, ref_text: str) -> int:
@@ -187,6 +189,21 @@ class Engine:
                 for state in orphans:
                     freed += await self._delete(state)
         return freed
+
+    async def _tidy(self) -> None:
+        """Delete what no ref names any more, as soon as nobody has it open."""
+        async with self._pinning:
+            with trio.CancelScope(shield=True):  # as in `remove`
+                left = self._catalog.unnamed()
+                self._left = {state.id for state in left if state.handles}
+                for state in left:
+                    if state.handles:
+                        continue  # `released` comes back to it; so does the next start
+                    self._catalog.forget(state)
+                    try:
+                        await self._delete(state)
+                    except CacheError as error:
+                        log.warning("what %s was before keeps its space: %s", state.ref, error)
 
     async def _delete(self, state: BlobState) -> int:
         self._sealer.forget(state)
@@ -243,6 +260,8 @@ class Engine:
         state = self._catalog.get(id)
         if state is not None:
             state.handles = max(0, state.handles - 1)
+            if not state.handles and id in self._left:
+                self._nursery.start_soon(self._tidy)
 
     async def _open(self, state: BlobState) -> None:
         try:
