@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +18,14 @@ from weightfs.core.geometry import KIB, MIB, ByteSpan
 from weightfs.core.manifest import BlobId, Trust
 from weightfs.core.plan import Limits
 from weightfs.core.ref import Ref, parse_ref
+from weightfs.engine import committer
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import IntegrityError, ReadError
 from weightfs.store.cache import Cache
 from weightfs.testing.engines import running_engine
 from weightfs.testing.origin import Origin, OriginFile, open_origin
-from weightfs.testing.published import chunk_list, sample
+from weightfs.testing.published import chunk_list, published_origin, sample
 
 DATA = sample(4 * MIB)
 SPOILT = bytes([DATA[0] ^ 1]) + DATA[1:]
@@ -267,3 +271,34 @@ async def test_a_start_frees_what_no_ref_names(tmp_path: Path) -> None:
     assert files(tmp_path / "killed") == {str(old)}
     async with running_engine(tmp_path / "killed", LAZY):
         assert files(tmp_path / "killed") == set()
+
+
+# ---- a sync that fails once
+
+
+async def test_one_failed_sync_costs_what_was_not_durable_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Regression: chunks that nobody had fetched yet counted as lost, and each had to fail once before it was kept."""
+    real, calls = os.fdatasync, iter(range(1_000_000))
+
+    def fails_once(descriptor: int) -> None:
+        if next(calls) == 1:
+            raise OSError(errno.EIO, "injected")
+        real(descriptor)
+
+    data = sample(96 * 64 * KIB)
+    settings = replace(LAZY, commit_bytes=8 * 64 * KIB, limits=Limits(hold_base=0.05, job_bytes=8 * 64 * KIB))
+    async with published_origin(data) as (_, ref), running_engine(tmp_path / "cache", settings) as engine:
+        blob = (await engine.add(ref)).entries[0].blob.id
+        monkeypatch.setattr(os, "fdatasync", fails_once)
+        monkeypatch.setattr(committer, "RETRY_SECONDS", 0.01)
+        state = engine._catalog.state(blob)
+        with trio.fail_after(SECONDS):
+            await engine._holdings.fill(state)
+            while not state.sealed:
+                await trio.sleep(0.001)
+        assert next(calls) > 2
+        assert await engine.read(blob, ByteSpan(0, len(data))) == data
+        assert "landed before its file failed" not in caplog.text
+        assert engine._cache.doubt(blob) is None

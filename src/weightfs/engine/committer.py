@@ -51,6 +51,8 @@ class Batch:
             for landing, nbytes in self.landings
             if landing.blob != blob or (chunks is not None and landing.chunk not in chunks)
         ]
+        if not any(landing.blob == blob for landing, _ in self.landings):
+            self.lives.pop(blob, None)  # what is queued next may be of a later one
         if blob in self.rehashed and chunks is not None:
             for chunk in chunks:
                 self.rehashed[blob].discard(chunk)

@@ -283,6 +283,7 @@ class Holdings:
             state = self._look_up(blob)
             if state is None:
                 continue
+            doubt = self._cache.doubt(blob)
             present = await trio.to_thread.run_sync(self._recorded, state)
             mine = [entry for entry in batch.landings if entry[0].blob == blob]
             self.committed(Batch([entry for entry in mine if entry[0].chunk in present]))
@@ -293,7 +294,23 @@ class Holdings:
             lost = await self._was_lost(state, batch.lives[blob], error)
             failure = None if lost else failure_of(error)
             self._fetcher.feed(plan.Undone(blob, sum(nbytes for _, nbytes in gone), failure))
-            await self.drop(state, [landing.chunk for landing, _ in gone])
+            chunks = [landing.chunk for landing, _ in gone]
+            if doubt is None or lost:
+                await self.drop(state, chunks)
+            else:
+                await self._doubt(state, chunks, doubt, batch.lives[blob])
+
+    async def _doubt(self, state: BlobState, chunks: list[int], doubt: object, life: int) -> None:
+        """A sync failed, and says so once: all that was written before it, or is on its way now, may not be there.
+
+        What is fetched from now on is written after it.
+        """
+        if life != state.life:  # of before the failure that was seen to already
+            await self.drop(state, chunks)
+            return
+        self._new_life(state)
+        await self.drop(state, [*chunks, *(chunk for chunk in state.present if chunk not in state.durable)])
+        self._cache.forgive(state.id, doubt)
 
     async def _was_lost(self, state: BlobState, life: int, error: WeightfsError) -> bool:
         try:

@@ -262,7 +262,8 @@ class Cache:
         What is said of a blob that was deleted meanwhile is ignored. A running hash that is ahead of the recorded
         digests is not kept. If one blob's file fails, the other blobs are recorded all the same, and then the error
         is raised: nothing of the failed blob is recorded, and what was not recorded of it is lost; `drop` every
-        chunk that `progress` does not show as present, and fetch again.
+        chunk that `progress` does not show as present, and fetch again. Until each chunk was dropped, or the doubt was
+        forgiven (`forgive`), it is not recorded.
 
         Raises:
             DiskFault, NoSpaceError: a data file or the index could not be written.
@@ -278,6 +279,18 @@ class Cache:
             )  # fmt: skip
         for error in [*failed.values(), *conflicts]:
             raise error
+
+    def doubt(self, id: BlobId) -> object | None:  # noqa: A002
+        """A token of the last failed sync of a blob's file: nothing written before it is recorded. Memory."""
+        return self._lost.get(id)
+
+    def forgive(self, id: BlobId, doubt: object) -> None:  # noqa: A002
+        """Whatever is committed from now on was written after that failed sync, which the caller vouches for. Memory.
+
+        Nothing happens if another sync has failed since.
+        """
+        if self._lost.get(id) is doubt:
+            self._lost.pop(id, None)
 
     def _sync(self, landings: Sequence[Landing]) -> dict[BlobId, CacheError]:
         """Sync the files of the landings' blobs; returns the blobs that failed."""
