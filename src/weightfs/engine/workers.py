@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 BEATS_PER_SILENCE = 6
 START_SECONDS = 30.0  # until the first sign of life: imports, on a busy machine
-STOP_SECONDS = 2.0
 QUEUE = 4096  # messages to one worker; the planner has far fewer jobs
 RESTART_DELAYS = (0.0, 0.5, 2.0, 10.0)  # after quick deaths in a row
 QUICK_DEATH_SECONDS = 10.0
@@ -183,12 +182,11 @@ class WorkerPool:
         finally:
             slot.outgoing = None
             with trio.CancelScope(shield=True):
-                await trio.aclose_forcefully(stream)  # its end of input: it ends by itself
-                with trio.move_on_after(STOP_SECONDS) as patience:
-                    await _ended(process)
-                if patience.cancelled_caught:
-                    process.kill()
-                    await _ended(process)
+                await trio.aclose_forcefully(stream)
+                # Not asked to end: what it has not reported is not recorded, so nothing is lost, and one that is
+                # still starting would be waited for.
+                process.kill()
+                await _ended(process)
 
     def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         """Start a process; our end of the socket pair to it. OSError.
@@ -240,6 +238,8 @@ class WorkerPool:
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:
     """Wait for the process to end, and collect it."""
+    if process.poll() is not None:
+        return  # collected before: its number may be somebody else's by now
     descriptor = os.pidfd_open(process.pid)
     try:
         await trio.lowlevel.wait_readable(descriptor)
