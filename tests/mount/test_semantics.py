@@ -372,8 +372,8 @@ def test_s12_strict_and_hold_give_out_nothing_unproven(world: World, tmp_path: P
     strict = Daemon(
         tmp_path / "strict", wrong, options=["--policy", "strict", "--fill", "never", "--workers", "0"]
     )
-    gone = world.nginx.url("s12.gone")
-    world.cold_copy("s12.gone", 212)
+    other = hashlib.sha256(world.cold_copy("s12.gone", 212).read_bytes()).hexdigest()
+    gone = world.nginx.url("s12.gone") + f"#sha256={other}"
     hold = Daemon(
         tmp_path / "hold", ref, gone, options=["--policy", "hold", "--fill", "never", "--workers", "0"]
     )
