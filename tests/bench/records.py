@@ -10,10 +10,9 @@ import random
 import time
 from pathlib import Path
 
-from weightfs.store.cache import Cache, ChunkState, Landing
-
 from weightfs.core.geometry import MAX_CHUNKS, MIN_CHUNK_LENGTH, BlobShape
 from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror
+from weightfs.store.cache import Cache, ChunkState, Landing
 
 HOST = "origin.invalid"
 

@@ -27,9 +27,13 @@ class FetchSettings:
     retry: int = 5  # retries after the first attempt, of resolve requests
     retry_delay: float = 0.5  # base of the full-jitter back-off
     proxy: str | None = None
-    headers: tuple[tuple[str, str], ...] = ()  # sent to the ref's own host only, never after a redirect to another
+    headers: tuple[
+        tuple[str, str], ...
+    ] = ()  # sent to the ref's own host only, never after a redirect to another
     ca_file: str | None = None
-    private_hosts: tuple[str, ...] = ()  # hosts to which a public host may redirect although their address is private
+    private_hosts: tuple[
+        str, ...
+    ] = ()  # hosts to which a public host may redirect although their address is private
     trusted_keys: tuple[str, ...] = ()  # minisign public keys (base64 line)
     chunks: str | None = None  # --chunks FILE|URL: where the .meta4 is, instead of beside the file
     policy: Policy = Policy.PROVISIONAL
