@@ -235,7 +235,7 @@ def test_mount_read_ask_and_umount(stage: Stage) -> None:
     assert (status["role"], status["mountpoint"]) == ("mount", str(stage.mountpoint))
     assert status["refs"][0]["present_bytes"] == len(DATA)
     # Through the daemon:
-    stage.run("pull", second)
+    stage.run("pull", "--allow-unverifiable", second)
     assert stage.read("other.gguf") == DATA[:1000]
     assert stage.run("ls").stdout.split() == sorted([first, second])
     stage.run("verify")
@@ -253,7 +253,7 @@ def test_mount_read_ask_and_umount(stage: Stage) -> None:
 
 @pytest.mark.mount
 def test_what_the_cache_knows_is_served_without_the_network(stage: Stage) -> None:
-    stage.run("pull", stage.put("m.gguf"))
+    stage.run("pull", "--allow-unverifiable", stage.put("m.gguf"))
     stage.nginx.pause()
     stage.run("mount", "--detach", stage.mountpoint, stage.nginx.url("m.gguf"))
     assert stage.read("m.gguf") == DATA
