@@ -26,6 +26,7 @@ the person can do. Third-party exceptions are translated to these where the libr
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 
 
 class FailureKind(enum.StrEnum):
@@ -175,3 +176,12 @@ class ReadError(WeightfsError):
         self.ref = ref
         self.chunk = chunk
         self.mirror = mirror
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions in a tree of groups, in order; the error itself if it is no group."""
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from leaves(part)
+    else:
+        yield error

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from weightfs.errors import WeightfsError
+from weightfs.errors import WeightfsError, leaves
 
 
 def most_telling(error: BaseException) -> BaseException:
     """`error`, or out of a group: the first of ours, else the first that is no interrupt, else the first."""
-    leaves = list(_leaves(error))
+    causes = list(leaves(error))
     for kind in (WeightfsError, Exception, BaseException):
-        for leaf in leaves:
-            if isinstance(leaf, kind):
-                return leaf
+        for cause in causes:
+            if isinstance(cause, kind):
+                return cause
     return error
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            yield from _leaves(part)
-    else:
-        yield error

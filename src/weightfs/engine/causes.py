@@ -7,13 +7,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-
-def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    """The exceptions in a tree of groups, flat."""
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found
+from weightfs.errors import leaves
 
 
 @asynccontextmanager
