@@ -43,9 +43,9 @@ soak: setup ## The model, property and crash tests for a long time (Hypothesis p
 	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model tests/faults
 
 lock: setup ## Resolve the dependencies of pyproject.toml again into .lock/.
-	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 pyproject.toml -o .lock/run.txt
-	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --group dev pyproject.toml -o .lock/dev.txt
-	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --group pyproject.toml:build \
+	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 pyproject.toml -o .lock/run.txt
+	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 --group dev pyproject.toml -o .lock/dev.txt
+	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 --group pyproject.toml:build \
 	  -c .lock/dev.txt -o .lock/build.txt
 
 clean: ## Remove everything that was built, the virtual environment too.
