@@ -83,7 +83,7 @@ def test_where_a_ref_appears(text: str, tree: tuple[str, str]) -> None:
         ("https:/h/m", "not a ref"),
         ("htps://h/m", r"did you mean https://\?"),
         ("fil:///m", r"did you mean file://\?"),
-        ("gopher://h/m", "known ones are file://, http://, https://"),
+        ("gopher://h/m", "known ones are file://, hf://, http://, https://, oci://, ollama://"),
         ("https://h/m\n", "control"),
         ("https://h/\0", "control"),
         ("https://h/\x85", "control"),
@@ -172,23 +172,24 @@ def test_no_error_repeats_a_secret(text: str) -> None:
 
 
 def test_other_schemes_are_left_to_their_source() -> None:
-    schemes = ("https", "hf", "ollama")
-    ref = parse_ref("HF://Qwen/Qwen3-8B-GGUF@main/a b", schemes)
-    assert ref == Ref("hf", "hf://Qwen/Qwen3-8B-GGUF@main/a b", "hf://Qwen/Qwen3-8B-GGUF@main/a b", None)
+    schemes = ("https", "swift", "ollama")
+    ref = parse_ref("SWIFT://Qwen/Qwen3-8B-GGUF@main/a b", schemes)
+    text = "swift://Qwen/Qwen3-8B-GGUF@main/a b"
+    assert ref == Ref("swift", text, text, None)
     assert parse_ref(str(ref), schemes) == ref
-    with pytest.raises(RefError, match="nothing after hf://"):
-        parse_ref("hf://", schemes)
+    with pytest.raises(RefError, match="nothing after swift://"):
+        parse_ref("swift://", schemes)
     with pytest.raises(RefError, match="did you mean ollama"):
         parse_ref("olama://aya", schemes)
     with pytest.raises(RefError, match="unknown"):
-        parse_ref("http://h/m", ("hf",))
+        parse_ref("http://h/m", ("swift",))
     with pytest.raises(RefError, match="unknown"):
-        parse_ref("/srv/m", ("hf",))
+        parse_ref("/srv/m", ("swift",))
 
 
 def test_a_tree_of_another_scheme_that_names_no_file() -> None:
     with pytest.raises(RefError, match="names no file"):
-        tree_of(parse_ref("hf://Qwen[", ("hf",)))
+        tree_of(parse_ref("swift://Qwen[", ("swift",)))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import enum
 import hashlib
 from dataclasses import dataclass, replace
 
-from weightfs.core.geometry import BlobShape
+from weightfs.core.geometry import BlobShape, ByteSpan
 
 MAX_PATH_BYTES = 1024
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
@@ -69,6 +69,11 @@ class BlobId:
         return cls(sha256[:16])
 
     @classmethod
+    def of_git(cls, sha1: bytes, size: int) -> BlobId:
+        """The id of content with a known git object name."""
+        return cls(hashlib.sha256(b"weightfs git\n%s\n%d" % (sha1.hex().encode(), size)).digest()[:16])
+
+    @classmethod
     def of_version(cls, url: str, size: int, validator: str) -> BlobId:
         """The id of one version of a URL whose origin gives no digest."""
         text = f"weightfs version\n{url}\n{size}\n{validator}"
@@ -110,7 +115,11 @@ class ChunkList:
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """Immutable content and where to get it. `sha256` is 32 bytes, or None where no origin publishes it."""
+    """Immutable content and where to get it. `sha256` is 32 bytes, or None where no origin publishes it.
+
+    `git_sha1` is 20 bytes, git's object name of the content: SHA-1 over `blob <size>`, NUL and the bytes. It is given
+    where it is all that an origin publishes (Hugging Face's small files), and never beside a SHA-256.
+    """
 
     id: BlobId
     shape: BlobShape
@@ -118,6 +127,7 @@ class Blob:
     mirrors: tuple[Mirror, ...]
     chunk_list: ChunkList | None = None
     policy: Policy = Policy.PROVISIONAL
+    git_sha1: bytes | None = None
 
     @property
     def size(self) -> int:
@@ -125,11 +135,18 @@ class Blob:
         return self.shape.size
 
     @property
+    def digest(self) -> str:
+        """`sha256:<hex>`, `git-sha1:<hex>`, or empty if no origin publishes a digest of the whole."""
+        if self.sha256 is not None:
+            return f"sha256:{self.sha256.hex()}"
+        return "" if self.git_sha1 is None else f"git-sha1:{self.git_sha1.hex()}"
+
+    @property
     def initial_trust(self) -> Trust:
         """The state before the whole digest was compared."""
         if self.chunk_list is not None and self.chunk_list.trusted:
             return Trust.ATTESTED
-        return Trust.UNVERIFIABLE if self.sha256 is None else Trust.PROVISIONAL
+        return Trust.PROVISIONAL if self.digest else Trust.UNVERIFIABLE
 
     def with_mirrors(self, mirrors: tuple[Mirror, ...]) -> Blob:
         """The same content from other places."""
@@ -138,20 +155,29 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A path inside a manifest, relative, checked by `check_path`."""
+    """A path inside a manifest, relative, checked by `check_path`.
+
+    `span`: the bytes of the blob that are the file's, where it is not the whole blob but a member of a plain tar.
+    """
 
     path: str
     blob: Blob
+    span: ByteSpan | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A ref resolved and pinned. `tree`: the directory below `models/` of the entries, e.g. `https/host/dir`."""
+    """A ref resolved and pinned. `tree`: the directory below `models/` of the entries, e.g. `https/host/dir`.
+
+    `raw` is what the origin said, byte for byte, where a layout has to say it again: the manifest of a registry, whose
+    SHA-256 is the model's id; the file list of a Hugging Face revision. Empty for other sources.
+    """
 
     ref: str
     revision: str
     tree: str
     entries: tuple[Entry, ...]
+    raw: bytes = b""
 
 
 def check_path(path: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
+from weightfs.core import hub, oci, ollama
 from weightfs.core.manifest import check_path
 from weightfs.errors import RefError
 
@@ -50,11 +51,11 @@ class Ref:
         return self.text
 
 
-def parse_ref(text: str, schemes: Collection[str] = ("https", "http", "file")) -> Ref:
+def parse_ref(text: str, schemes: Collection[str] = ("https", "http", "file", "ollama", "hf", "oci")) -> Ref:
     """Read `https://host[:port]/path[?query][#sha256=<64 hex>]`, `file:///abs/path` or an absolute path.
 
-    Of a scheme in `schemes` that is none of these three, only what holds for every ref is checked: its own
-    source reads the rest. Raises RefError.
+    Also `ollama://`, `hf://` and `oci://` with the names of `core.ollama`, `core.hub` and `core.oci`. Of any other
+    scheme in `schemes`, only what holds for every ref is checked: its own source reads the rest. Raises RefError.
     """
     if len(text) > MAX_REF_CHARS:
         raise RefError(f"The ref has {len(text)} characters; {MAX_REF_CHARS} are allowed.")
@@ -69,6 +70,8 @@ def parse_ref(text: str, schemes: Collection[str] = ("https", "http", "file")) -
             url = canonical_url(url)
         case "file":
             url = _canonical_file(url)
+        case "ollama" | "hf" | "oci":
+            return _named(scheme, text)
         case _:
             url = _canonical_other(url, scheme)
     sha256 = _digest_of(fragment, text)
@@ -79,6 +82,27 @@ def parse_ref(text: str, schemes: Collection[str] = ("https", "http", "file")) -
     if scheme in ("http", "https", "file"):
         tree_of(ref)
     return ref
+
+
+_PARSERS = {
+    ollama.SCHEME: ollama.parse_ollama,
+    hub.SCHEME: hub.parse_hub,
+    oci.SCHEME: oci.parse_oci,
+}
+
+
+def _named(scheme: str, text: str) -> Ref:
+    """A ref that is a name in a registry, not a URL."""
+    name = text[len(scheme) + len("://") :]
+    if re.search(r"[#?\s]", name) and (scheme != hub.SCHEME or "#" in name):
+        raise RefError(
+            f"The ref {_shown(text)} holds a character that no name in a registry has; what pins a digest there is "
+            "the registry's manifest."
+        )
+    canonical = f"{scheme}://{_PARSERS[scheme](name)}"
+    if len(canonical) > MAX_REF_CHARS:
+        raise RefError(f"The ref {_shown(text)} has over {MAX_REF_CHARS} characters once it is complete.")
+    return Ref(scheme, canonical, canonical)
 
 
 def tree_of(ref: Ref) -> tuple[str, str]:

@@ -216,6 +216,7 @@ def fetch_settings_from_wire(fields: dict[str, Any]) -> FetchSettings:
         "private_hosts": tuple(fields["private_hosts"]),
         "trusted_keys": tuple(fields["trusted_keys"]),
         "header_origins": tuple(fields["header_origins"]),
+        "endpoints": tuple((host, url) for host, url in fields["endpoints"]),
         "policy": Policy(fields["policy"]),
     }
     return FetchSettings(**{**fields, **tuples})

@@ -10,14 +10,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import Blob, Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A regular file with a blob's bytes."""
+    """A regular file with a blob's bytes, all of them or those of `span`."""
 
     blob: Blob
+    span: ByteSpan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inline:
+    """A small regular file whose bytes follow from the manifests: there at once, and for as long as they are."""
+
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,9 @@ class Link:
     target: str
 
 
+Item = File | Inline | Dir | Link
+
+
 class Layout(Protocol):
     """A way to present manifests. Conformance: `weightfs.testing.layouts.LayoutTests`."""
 
@@ -40,6 +52,6 @@ class Layout(Protocol):
         """The directory below the mount's root that holds everything of this layout."""
         ...
 
-    def entries(self, manifests: Sequence[Manifest]) -> Iterable[tuple[str, File | Dir | Link]]:
+    def entries(self, manifests: Sequence[Manifest]) -> Iterable[tuple[str, Item]]:
         """Paths below the mount's root (`check_path` accepts each) and what is there, in a fixed order."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from weightfs.core.manifest import Manifest
-from weightfs.layouts.base import Dir, File, Link
+from weightfs.layouts.base import Dir, File, Item
 
 
 class ModelsLayout:
@@ -13,9 +13,9 @@ class ModelsLayout:
 
     name = "models"
 
-    def entries(self, manifests: Sequence[Manifest]) -> Iterator[tuple[str, File | Dir | Link]]:
+    def entries(self, manifests: Sequence[Manifest]) -> Iterator[tuple[str, Item]]:
         """Yield `models`, then `models/<tree>/<path>` in the order of the manifests and their entries."""
         yield self.name, Dir()
         for manifest in manifests:
             for entry in manifest.entries:
-                yield f"{self.name}/{manifest.tree}/{entry.path}", File(entry.blob)
+                yield f"{self.name}/{manifest.tree}/{entry.path}", File(entry.blob, entry.span)

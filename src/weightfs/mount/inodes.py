@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from weightfs.core.manifest import Blob, check_path
-from weightfs.layouts.base import Dir, File, Link
+from weightfs.layouts.base import Dir, File, Inline, Item, Link
 
 ROOT = 1
 DIRECT = 1  # the bit by which a file's second inode number differs
@@ -69,7 +69,7 @@ class Namespace:
     @classmethod
     def build(
         cls,
-        entries: Iterable[tuple[str, File | Dir | Link]],
+        entries: Iterable[tuple[str, Item]],
         *,
         number: Callable[[bytes, int], int] = number_of,
     ) -> Namespace:
@@ -119,10 +119,10 @@ class Namespace:
 
 
 def _place(
-    entries: Iterable[tuple[str, File | Dir | Link]],
-) -> tuple[dict[str, File | Dir | Link], list[str]]:
+    entries: Iterable[tuple[str, Item]],
+) -> tuple[dict[str, Item], list[str]]:
     """Give each path one entry, and each entry's ancestors a directory."""
-    wanted: list[tuple[str, File | Dir | Link]] = []
+    wanted: list[tuple[str, Item]] = []
     conflicts: list[str] = []
     directories: set[str] = set()
     for path, entry in entries:
@@ -136,7 +136,7 @@ def _place(
         directories.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
         if isinstance(entry, Dir):
             directories.add(path)
-    placed: dict[str, File | Dir | Link] = {path: Dir() for path in directories}
+    placed: dict[str, Item] = {path: Dir() for path in directories}
     for path, entry in wanted:
         if isinstance(entry, Dir) or placed.setdefault(path, entry) is entry or _same(placed[path], entry):
             continue
@@ -152,16 +152,18 @@ def _place(
     return placed, conflicts
 
 
-def _same(one: File | Dir | Link, other: File | Dir | Link) -> bool:
+def _same(one: Item, other: Item) -> bool:
     if isinstance(one, File) and isinstance(other, File):
         return one.blob.id == other.blob.id
     return one == other
 
 
-def _key(path: str, entry: File | Dir | Link) -> bytes:
+def _key(path: str, entry: Item) -> bytes:
     match entry:
         case File(blob):
             return b"file\0" + blob.id.raw
+        case Inline(data):
+            return b"inline\0" + hashlib.sha256(data).digest()
         case Link(target):
             return f"link\0{path}\0{target}".encode()
         case Dir():
@@ -181,7 +183,7 @@ def _numbers(keys: Iterable[bytes], number: Callable[[bytes, int], int]) -> dict
     return numbers
 
 
-def _link_up(placed: dict[str, File | Dir | Link], number: Callable[[bytes, int], int]) -> dict[int, Node]:
+def _link_up(placed: dict[str, Item], number: Callable[[bytes, int], int]) -> dict[int, Node]:
     keys = {path: _key(path, entry) for path, entry in placed.items()}
     numbers = _numbers(keys.values(), number)
     inos = {path: numbers[key] for path, key in keys.items()} | {"": ROOT}

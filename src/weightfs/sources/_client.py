@@ -108,8 +108,12 @@ class HttpClient:
 
     def secrets_for(self, url: httpx.URL, extra: Headers = ()) -> Headers:
         """The headers that only the origin of `url` may see."""
-        mine = self.settings.headers if _rules.origin_of(url) in self._homes else ()
-        return (*mine, *extra)
+        settings, origin = self.settings, _rules.origin_of(url)
+        mine = (*(settings.headers if origin in self._homes else ()), *extra)
+        given = any(name.lower() == "authorization" for name, _ in mine)
+        if settings.hf_token and not given and origin == _rules.origin_of(settings.hf_endpoint):
+            return (*mine, ("Authorization", f"Bearer {settings.hf_token}"))
+        return mine
 
     def now(self) -> datetime:
         """The wall clock's time, in UTC."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from weightfs.core.geometry import BlobShape, ByteSpan
@@ -40,6 +40,11 @@ class FetchSettings:
     # Origins ("https://host:port", or any URL there) that get `headers`, besides those of refs that the same
     # Source resolved: a fetch worker resolves nothing, and needs it.
     header_origins: tuple[str, ...] = ()
+    hf_endpoint: str = "https://huggingface.co"  # without a slash at the end
+    hf_token: str = field(default="", repr=False)  # sent to the origin of `hf_endpoint` only
+    # (host as in refs, base URL): where a registry's API is, if not at https://<host> (http for loopback hosts).
+    endpoints: tuple[tuple[str, str], ...] = ()
+    docker_config: str | None = None  # config.json with the credentials of registries; None: none are used
 
 
 class Source(Protocol):
