@@ -138,6 +138,9 @@ def test_a_clock_that_jumped_back_does_no_harm() -> None:
     """What was used "tomorrow" is neither too old nor kept for ever: it is as a use of now."""
     future, past = Candidate(blob(1), 10, NOW + 9e9), Candidate(blob(2), 10, NOW)
     assert plan_evictions([future], wanted=0, now=NOW, max_age=0.0).evictions == ()
+    parts = tuple(Run(ChunkSpan(at, at + 1), 10, NOW + 5 + at) for at in range(3))
+    (eviction,) = plan_evictions([Candidate(blob(1), 30, NOW + 9, runs=parts)], wanted=10, now=NOW).evictions
+    assert eviction.chunks == (ChunkSpan(2, 3),)
     assert [one.blob for one in plan_evictions([past, future], wanted=20, now=NOW).evictions] == [
         blob(1),
         blob(2),

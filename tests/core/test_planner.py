@@ -425,7 +425,7 @@ def test_removal_wakes_readers_and_stops_jobs() -> None:
     assert made.planner.busy(A)
     assert not made.planner.knows(A)
     made.land(1)  # it was on its way
-    made.feed(plan.Mismatched(1, 1, plan.Failure(FailureKind.MISMATCH, "x")))
+    made.mismatch(1)
     made.fail(1, FailureKind.CANCELLED)
     made.feed(plan.Removed(A))
     assert made.planner.idle()

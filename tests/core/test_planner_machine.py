@@ -73,8 +73,9 @@ class PlannerMachine(RuleBasedStateMachine):
         if blob_id(number) not in self.driver.blobs:
             places = mirrors(*["a", "b", "c"][: data.draw(st.integers(1, 3))])
             present = data.draw(st.sets(st.integers(0, count - 1), max_size=3))
+            kept = data.draw(st.sets(st.integers(0, count - 1), max_size=2))
             shape = BlobShape((count - 1) * MIB + odd, MIB)
-            self.driver.add(blob_id(number), shape, places, present)
+            self.driver.add(blob_id(number), shape, places, present, kept)
 
     @precondition(lambda self: self.driver.blobs)
     @rule(data=st.data())
@@ -162,9 +163,20 @@ class PlannerMachine(RuleBasedStateMachine):
         self.driver.drop(blob.id, self.a_span(data, blob.shape))
 
     @precondition(lambda self: self.driver.blobs)
-    @rule(data=st.data())
-    def punch(self, data: Any) -> None:
-        self.driver.punch(self.a_blob(data).id)
+    @rule(data=st.data(), freed=st.booleans())
+    def punch(self, data: Any, freed: bool) -> None:
+        self.driver.punch(self.a_blob(data).id, freed=freed)
+
+    @rule(demand=st.none() | st.integers(0, 20), margin=st.integers(0, 4))
+    def limit(self, demand: int | None, margin: int) -> None:
+        if demand is None:
+            self.driver.limit(None, None)
+        else:
+            self.driver.limit(demand * MIB, max(0, demand - margin) * MIB)
+
+    @rule()
+    def no_room(self) -> None:
+        self.driver.no_room()
 
     @rule(seconds=st.sampled_from([0.0, 0.1, 1.0, 6.0, 400.0]))
     def sleep(self, seconds: float) -> None:

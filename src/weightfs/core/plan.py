@@ -40,12 +40,16 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A blob the planner shall know; `present` is what may be read already. The planner keeps `present` as its own."""
+    """A blob the planner shall know; `present` is what may be read already. The planner keeps `present` as its own.
+
+    `kept`: chunks that are not present, and have their room in the file all the same.
+    """
 
     blob: BlobId
     shape: BlobShape
     mirrors: tuple[Mirror, ...]
     present: ChunkSet
+    kept: Iterable[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +175,32 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Punched:
-    """The index and the file have forgotten the dropped chunks: they may be fetched."""
+    """The index and the file have forgotten the dropped chunks: they may be fetched.
+
+    `freed`: their room was given back. Else it stays theirs, and who lands there needs no more.
+    """
 
     blob: BlobId
     chunks: Iterable[int]
+    freed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The bytes that chunks may take from now on: present, in flight, and kept ones together. None: no bound.
+
+    Nothing is fetched that would go beyond `demand`; read-ahead and fill stop at `background` already.
+    """
+
+    demand: int | None
+    background: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoom:
+    """The answer to `NeedRoom`: no more can be had now. Readers of what does not fit are told; background waits."""
+
+    failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +210,7 @@ class Tick:
 
 JobEvent = Landed | Mismatched | Trimmed | Done | Failed
 BlobEvent = Remirrored | Need | Want | Fill | Durable | Undone | Dropped | Punched
-Event = JobEvent | BlobEvent | Added | Removed | Withdrawn | Tick
+Event = JobEvent | BlobEvent | Added | Removed | Withdrawn | Tick | Capacity | NoRoom
 
 # ---- commands
 
@@ -244,7 +270,18 @@ class SleepUntil:
     time: float
 
 
-Command = Fetch | Trim | Stop | Wake | GaveUp | SleepUntil
+@dataclass(frozen=True, slots=True)
+class NeedRoom:
+    """Something of the blob does not fit into the `Capacity`, and waits. Said once, until there is more room or less.
+
+    `Planner.short` says what is missing. Answered by `Capacity`, by `Punched(freed=True)`, or by `NoRoom`.
+    """
+
+    blob: BlobId
+    priority: Priority
+
+
+Command = Fetch | Trim | Stop | Wake | GaveUp | NeedRoom | SleepUntil
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ Invariants (`Ledger.check` states them as sentences):
 - A chunk is in at most one job, and in none while it is present.
 - A chunk that somebody waits for is not present, and is taken or in the queue of demand.
 - The bytes in flight are those of the chunks in ranged jobs. A whole stream cannot be cut to a size: it is not counted.
+- A chunk has room in the file if it is present, in a job, or kept. `held` is the bytes of them all, and of the jobs of
+  blobs that are gone; no job begins that would take it beyond the capacity.
 - A job belongs to the `BlobPlan` that it was issued for: a blob that is removed and added again is another one, for
   which nothing is fetched before the last job of the old one (a ghost) has ended.
 """
@@ -51,6 +53,7 @@ class BlobPlan:
     punching: set[int] = field(default_factory=set)  # dropped, and not yet out of index and file
     inflight: int = 0  # bytes
     undurable: int = 0  # bytes
+    kept: set[int] = field(default_factory=set)  # not present, and their room in the file was not given back
     stream_rate: float = 0.0  # bytes/s of one job, smoothed
     # Faults: `planfaults` says what they mean.
     rounds: int = 0
@@ -110,6 +113,19 @@ class Waiter:
     missing: set[int]
 
 
+@dataclass(slots=True)
+class Room:
+    """What chunks may take, in bytes (None: no bound), and the blobs of which something does not fit.
+
+    `changed`: less is held than when they were looked at, or more may be.
+    """
+
+    demand: int | None = None
+    background: int | None = None
+    changed: bool = False
+    short: dict[BlobPlan, Priority] = field(default_factory=dict)
+
+
 class Ledger:
     """Blobs, jobs and waiters, and every move of a chunk between them. `out` gathers the commands of one event."""
 
@@ -121,6 +137,8 @@ class Ledger:
         self.timers: Timers[BlobPlan] = Timers()
         self.touched: dict[BlobPlan, None] = {}  # blobs whose state changed in this event
         self.inflight = 0
+        self.held = 0
+        self.room = Room()
         self.next_job = 1
         self.out: list[plan.Command] = []
 
@@ -136,13 +154,21 @@ class Ledger:
             event.mirrors,
             MirrorBoard(event.mirrors),
             ghosts=sum(1 for job in self.jobs.values() if job.blob.id == event.blob),
+            kept={chunk for chunk in event.kept if chunk not in event.present},
         )
         self.blobs[event.blob] = blob
+        self.held += self.holding(blob)
         self.touched[blob] = None
 
     def remove(self, blob: BlobPlan, failure: Failure) -> None:
         """Forget the blob: its waiters get `failure`, its jobs are stopped."""
         del self.blobs[blob.id]
+        # What is in flight may yet be written: it counts until its job says otherwise.
+        self.held -= self.holding(blob)
+        self.held += sum(blob.chunk_bytes(chunk) for chunk in blob.kept if chunk in blob.owner)
+        self.room.changed = True
+        self.room.short.pop(blob, None)
+        blob.kept.clear()
         blob.gone = True
         self.wake_failed(blob, list(blob.waiting), failure)
         self.out.extend(plan.Stop(job.id) for job in self.jobs.values() if job.blob is blob)
@@ -161,6 +187,7 @@ class Ledger:
         """Ask `mirror` for `span`, with `chunks` of it in a new job."""
         wanted = frozenset(chunks)
         nbytes = sum(blob.chunk_bytes(chunk) for chunk in wanted)
+        self.held += self.cost(blob, wanted)
         job = Job(self.next_job, blob, mirror, priority, priority, now, set(wanted), nbytes, whole)
         self.next_job += 1
         self.jobs[job.id] = job
@@ -187,8 +214,11 @@ class Ledger:
         return nbytes
 
     def free(self, job: Job, chunks: Iterable[int]) -> None:
-        """Give chunks of a job back."""
-        for chunk in sorted(chunks):
+        """Give chunks of a job back, and the room that they would have taken."""
+        chunks = sorted(chunks)
+        self.held -= self.cost(job.blob, chunks)
+        self.room.changed = self.room.changed or bool(chunks)
+        for chunk in chunks:
             self.leave(job, chunk)
             self.available(job.blob, chunk)
 
@@ -221,13 +251,33 @@ class Ledger:
             if chunk in blob.present:
                 blob.present.discard(chunk)  # still taken
                 blob.punching.add(chunk)
+                blob.kept.add(chunk)
 
-    def punch(self, blob: BlobPlan, chunks: Iterable[int]) -> None:
-        """Index and file have forgotten these."""
+    def punch(self, blob: BlobPlan, chunks: Iterable[int], *, freed: bool) -> None:
+        """Index and file have forgotten these; `freed`: their room, too, and that of others that were kept."""
         for chunk in chunks:
+            if freed and chunk in blob.kept:
+                blob.kept.discard(chunk)
+                if chunk not in blob.owner:
+                    self.held -= blob.chunk_bytes(chunk)
+                    self.room.changed = True
             if chunk in blob.punching:
                 blob.punching.discard(chunk)
                 self.available(blob, chunk)
+
+    def cost(self, blob: BlobPlan, chunks: Iterable[int]) -> int:
+        """Bytes of room that these take which have none yet."""
+        return sum(blob.chunk_bytes(chunk) for chunk in chunks if chunk not in blob.kept)
+
+    @staticmethod
+    def holding(blob: BlobPlan) -> int:
+        """Bytes of what is present or kept."""
+        return blob.present.byte_count(blob.shape) + sum(blob.chunk_bytes(chunk) for chunk in blob.kept)
+
+    def lost(self, job: Job, chunk: int) -> None:
+        """The chunk landed in the file of a blob that is gone."""
+        self.held -= self.leave(job, chunk)
+        self.room.changed = True
 
     def land(self, job: Job, chunk: int) -> list[tuple[int, Waiter]]:
         """The chunk is visible; the waiters that waited for nothing else: they are out of the books."""
@@ -236,6 +286,7 @@ class Ledger:
         job.landed_bytes += nbytes
         blob.undurable += nbytes
         blob.present.add(chunk)
+        blob.kept.discard(chunk)
         answered = []
         for number in sorted(blob.waiting.pop(chunk, ())):
             waiter = self.waiters[number]
@@ -276,6 +327,10 @@ class Ledger:
         inflight = sum(job.nbytes for job in self.jobs.values() if not job.whole)
         if inflight != self.inflight:
             problems.append(f"{self.inflight} bytes said to be in flight, {inflight} are")
+        held = sum(self.holding(blob) for blob in self.blobs.values())
+        held += sum(self.cost(job.blob, job.outstanding) for job in self.jobs.values())
+        if held != self.held:
+            problems.append(f"{self.held} bytes said to be held, {held} are")
         return problems
 
     def _check_blob(self, blob: BlobPlan) -> Iterator[str]:

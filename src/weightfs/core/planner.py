@@ -9,6 +9,7 @@ Invariants, held under Hypothesis in tests/core/test_planner_machine.py:
 - What was given up is not tried again before its hold ends; a `Need` for it is answered at once with the failure.
 - No wake-up is lost: while something is to be fetched and nothing is in flight, either a `SleepUntil` is pending or the
   blob waits for its landed bytes to become `Durable`.
+- What is held never exceeds the capacity by what was fetched after it was set.
 - An event costs what it touches: no loop over all blobs or all waiters.
 
 The books are `planledger`'s, what to do about faults is `planfaults`', what to fetch next `planschedule`'s.
@@ -96,6 +97,32 @@ class Planner:
         """Whether any job of the blob (known or removed) is in flight."""
         return any(job.blob.id == blob for job in self._ledger.jobs.values())
 
+    def busy_blobs(self) -> set[BlobId]:
+        """The blobs that have a job in flight, or a reader that waits."""
+        found = {job.blob.id for job in self._ledger.jobs.values()}
+        return found | {waiter.blob.id for waiter in self._ledger.waiters.values()}
+
+    @property
+    def held_bytes(self) -> int:
+        """What chunks take: present ones, those in flight, and those whose room was not given back."""
+        return self._ledger.held
+
+    @property
+    def reserved_bytes(self) -> int:
+        """The part of `held_bytes` that is in flight, and may not be in the files yet."""
+        jobs = self._ledger.jobs.values()
+        return sum(self._ledger.cost(job.blob, job.outstanding) for job in jobs)
+
+    def short(self) -> dict[BlobId, Priority]:
+        """Of which blobs something does not fit (of background, the first in line), and how urgent it is."""
+        return {blob.id: priority for blob, priority in self._ledger.room.short.items()}
+
+    def demanded_bytes(self) -> int:
+        """What readers wait for that does not fit."""
+        short = self._ledger.room.short
+        demand = [blob for blob, priority in short.items() if priority is Priority.DEMAND]
+        return sum(self._ledger.cost(blob, blob.demand) for blob in demand)
+
     def jobs(self, now: float) -> list[InFlight]:
         """What is in flight, oldest first."""
         return [_describe(job, now) for job in self._ledger.jobs.values()]
@@ -126,6 +153,10 @@ class Planner:
                 self._ledger.forget_waiter(waiter)
             case plan.Tick():
                 pass
+            case plan.Capacity(demand, background):
+                self._scheduler.set_capacity(demand, background)
+            case plan.NoRoom(failure):
+                self._scheduler.refuse(failure)
             case plan.Landed() | plan.Mismatched() | plan.Trimmed() | plan.Done() | plan.Failed():
                 self._job_event(event, now)
             case _:
@@ -181,8 +212,8 @@ class Planner:
                 self._settled(blob, event, now)
             case plan.Dropped(_, chunks):
                 self._ledger.drop(blob, chunks)
-            case plan.Punched(_, chunks):
-                self._ledger.punch(blob, chunks)
+            case plan.Punched(_, chunks, freed):
+                self._ledger.punch(blob, chunks, freed=freed)
             case _:
                 self._remirrored(blob, event.mirrors)
 
@@ -243,7 +274,7 @@ class Planner:
 
     def _landed(self, job: Job, chunk: int, now: float) -> None:
         if job.blob.gone:
-            self._ledger.leave(job, chunk)
+            self._ledger.lost(job, chunk)
             return
         answered = self._ledger.land(job, chunk)
         self._faults.succeeded(job, chunk, now)

@@ -6,16 +6,18 @@ Rules:
 - Blobs with demand take turns, one job each; so do those with read-ahead. Fill completes one blob after another.
 - A blob that cannot start anything for a reason of its own leaves the line, and comes back when something happens to
   it (an event of its own, or a timer). So an event never costs a look at every blob.
+- Room is reserved when a job begins. A blob whose demand does not fit leaves the line until there is more room;
+  background that does not fit keeps all of its priority waiting.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from weightfs.core import plan
 from weightfs.core.geometry import ChunkSpan
-from weightfs.core.plan import Priority
+from weightfs.core.plan import Failure, Priority
 from weightfs.core.planfaults import Faults
 from weightfs.core.planledger import BlobPlan, Ledger
 from weightfs.core.planqueue import Line
@@ -60,6 +62,7 @@ class Scheduler:
 
     def run(self, now: float) -> None:
         """Start what may be started now."""
+        self._look_again()
         for blob in self._ledger.touched:
             if not blob.gone:
                 self._put_in_line(blob)
@@ -76,6 +79,42 @@ class Scheduler:
         if due < self._alarm:
             self._alarm = due
             self._ledger.out.append(plan.SleepUntil(due))
+
+    # ---- room
+
+    def set_capacity(self, demand: int | None, background: int | None) -> None:
+        """What may be held from now on."""
+        room = self._ledger.room
+        room.demand, room.background, room.changed = demand, background, True
+
+    def refuse(self, failure: Failure) -> None:
+        """There is no more room: tell the readers of what does not fit. Background goes on waiting."""
+        short = self._ledger.room.short
+        for blob in [blob for blob, priority in short.items() if priority is Priority.DEMAND]:
+            del short[blob]
+            self._ledger.wake_failed(
+                blob, [chunk for chunk in blob.demand if chunk not in blob.kept], failure
+            )
+
+    def _look_again(self) -> None:
+        """There may be room for what did not fit."""
+        room = self._ledger.room
+        if room.changed:
+            self._ledger.touched.update(dict.fromkeys(room.short))
+            room.short.clear()
+            room.changed = False
+
+    def _fits(self, blob: BlobPlan, chunks: Iterable[int], priority: Priority) -> bool:
+        room = self._ledger.room
+        most = room.demand if priority is Priority.DEMAND else room.background
+        return most is None or self._ledger.held + self._ledger.cost(blob, chunks) <= most
+
+    def _short(self, blob: BlobPlan, priority: Priority) -> _Outcome:
+        room = self._ledger.room
+        if room.short.get(blob, priority + 1) > priority:
+            room.short[blob] = priority
+            self._ledger.out.append(plan.NeedRoom(blob.id, priority))
+        return _Outcome.BLOCKED if priority is Priority.DEMAND else _Outcome.FULL
 
     # ---- lines
 
@@ -171,6 +210,10 @@ class Scheduler:
             if len(run) == 1:
                 return _Outcome.BLOCKED if self._unsettled(blob, run, priority) else _Outcome.FULL
             run = ChunkSpan(run.start, run.start + len(run) // 2)
+        while not self._fits(blob, run, priority):
+            if len(run) == 1:
+                return self._short(blob, priority)
+            run = ChunkSpan(run.start, run.start + len(run) // 2)
         mirror = self._choose(blob, ranged, now)
         shunned = (c for c in run if c > run.start and self._shuns(blob, c, mirror, now))
         run = ChunkSpan(run.start, next(shunned, run.stop))
@@ -188,6 +231,8 @@ class Scheduler:
         mirror = self._choose(blob, mirrors, now)
         absent = (chunk for hole in blob.taken.holes(blob.shape.chunks) for chunk in hole)
         chunks = [chunk for chunk in absent if not self._shuns(blob, chunk, mirror, now)]
+        if not self._fits(blob, chunks, priority):
+            return self._short(blob, priority)
         self._ledger.issue(blob, blob.shape.chunks, chunks, mirror, priority, now, whole=True)
         return _Outcome.GO_ON
 

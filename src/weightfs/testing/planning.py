@@ -43,6 +43,7 @@ class ModelBlob:
     fill: bool = False
     undurable: int = 0
     punching: set[int] = field(default_factory=set)
+    kept: set[int] = field(default_factory=set)  # not present, and their room was not given back
     gone: bool = False
 
 
@@ -72,6 +73,7 @@ class PlanDriver:
         self.busy_until: dict[tuple[BlobId, int], float] = {}  # (blob, mirror) → the end of its Retry-After
         self.fetched: list[tuple[BlobId, int]] = []  # chunks in the order in which they landed
         self.commands: list[plan.Command] = []
+        self.capacity: tuple[int | None, int | None] = (None, None)  # demand's, background's
         self._next_waiter = 1
 
     # ---- events
@@ -83,23 +85,31 @@ class PlanDriver:
         for command in commands:
             self._carry_out(command)
         assert self.planner.check() == []
+        assert self.planner.held_bytes == self.held()
         self._check_waiters()
         self._check_wake_up()
         return commands
 
     def add(
-        self, blob: BlobId, shape: BlobShape, places: tuple[Mirror, ...], present: Iterable[int] = ()
+        self,
+        blob: BlobId,
+        shape: BlobShape,
+        places: tuple[Mirror, ...],
+        present: Iterable[int] = (),
+        kept: Iterable[int] = (),
     ) -> ModelBlob:
         """A blob."""
         have = ChunkSet(shape.chunk_count, present)
-        state = self.blobs[blob] = ModelBlob(blob, shape, len(places), have.copy())
-        self.feed(plan.Added(blob, shape, places, have))
+        kept = set(kept)
+        state = self.blobs[blob] = ModelBlob(blob, shape, len(places), have.copy(), kept=kept - set(have))
+        self.feed(plan.Added(blob, shape, places, have, sorted(kept)))
         return state
 
     def remove(self, blob: BlobId) -> None:
         """Forget it."""
         state = self.blobs.pop(blob)
         state.gone = True
+        state.kept.clear()
         self.busy_until = {key: until for key, until in self.busy_until.items() if key[0] != blob}
         self.feed(plan.Removed(blob))
         assert not any(where is state for where, _ in self.waiting.values())
@@ -137,6 +147,7 @@ class PlanDriver:
         chunk = model.todo.pop(0)
         if not model.blob.gone:
             model.blob.present.add(chunk)
+            model.blob.kept.discard(chunk)
             model.blob.undurable += len(model.blob.shape.span_of(chunk))
             self.fetched.append((model.blob.id, chunk))
         self.feed(plan.Landed(job, chunk))
@@ -193,12 +204,41 @@ class PlanDriver:
         for chunk in gone:
             state.present.discard(chunk)
             state.punching.add(chunk)
+            state.kept.add(chunk)
         self.feed(plan.Dropped(blob, gone))
 
-    def punch(self, blob: BlobId) -> None:
-        """Index and file have forgotten all that was dropped."""
-        chunks, self.blobs[blob].punching = sorted(self.blobs[blob].punching), set()
-        self.feed(plan.Punched(blob, chunks))
+    def punch(self, blob: BlobId, *, freed: bool = False) -> None:
+        """Index and file have forgotten all that was dropped; `freed`: and its room, and all that was kept, is free."""
+        state = self.blobs[blob]
+        chunks, state.punching = sorted(state.kept if freed else state.punching), set()
+        if freed:
+            state.kept.clear()
+        self.feed(plan.Punched(blob, chunks, freed))
+
+    def limit(self, demand: int | None, background: int | None) -> None:
+        """So much may be held."""
+        self.capacity = (demand, background)
+        self.feed(plan.Capacity(demand, background))
+
+    def no_room(self) -> None:
+        """No more can be had: whoever waits for what does not fit is told, and only they."""
+        before = dict(self.waiting)
+        demanded = self.planner.demanded_bytes()
+        failure = Failure(FailureKind.NO_SPACE, "the cache is full")
+        self.feed(plan.NoRoom(failure))
+        told = [number for number in before if self.woken.get(number) is failure]
+        assert bool(told) is bool(demanded)
+        assert plan.Priority.DEMAND not in self.planner.short().values() or not told
+
+    def held(self) -> int:
+        """What chunks take: present, kept, and in flight."""
+        total = 0
+        for blob in self.blobs.values():
+            total += sum(len(blob.shape.span_of(chunk)) for chunk in {*blob.present, *blob.kept})
+        for job in self.jobs.values():
+            blob = job.blob
+            total += sum(len(blob.shape.span_of(chunk)) for chunk in job.todo if chunk not in blob.kept)
+        return total
 
     def sleep(self, seconds: float) -> None:
         """Time passes; the planner hears of it as it asked to."""
@@ -246,6 +286,9 @@ class PlanDriver:
         assert not flying & set(todo), "two writers of one chunk"
         assert not any(chunk in blob.present or chunk in blob.punching for chunk in todo)
         self._check_bounds(fetch, blob, sum(len(blob.shape.span_of(chunk)) for chunk in todo))
+        room = sum(len(blob.shape.span_of(chunk)) for chunk in todo if chunk not in blob.kept)
+        most = self.capacity[0 if fetch.priority is Priority.DEMAND else 1]
+        assert most is None or self.held() + room <= most, "more than the cache may hold"
         self.jobs[fetch.job] = ModelJob(fetch, blob, todo)
 
     def _check_bounds(self, fetch: plan.Fetch, blob: ModelBlob, nbytes: int) -> None:
@@ -293,7 +336,8 @@ class PlanDriver:
             spans = [span for where, span in self.waiting.values() if where is blob]
             spans += [blob.shape.chunks] if blob.fill else []
             absent = {chunk for span in spans for hole in blob.present.holes(span) for chunk in hole}
-            assert blob.undurable or absent <= blob.punching, f"nothing will ever wake {blob.id}"
+            short = self.planner.short()  # somebody was asked for room
+            assert short or blob.undurable or absent <= blob.punching, f"nothing will ever wake {blob.id}"
 
     # ---- one mirror is honest from now on
 
@@ -302,6 +346,7 @@ class PlanDriver:
 
         Readers that were told a failure ask again, as readers do. `ranges`: whether honest mirrors have ranges.
         """
+        self.limit(None, None)
         for blob in self.blobs.values():
             self.punch(blob.id)
             self.fill(blob.id)
