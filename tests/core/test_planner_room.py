@@ -156,3 +156,14 @@ def test_a_removed_blob_leaves_its_room_when_its_jobs_have_ended() -> None:
     made.need(B, 2, 3)
     made.remove(B)
     assert made.planner.short() == {}
+
+
+def test_a_reader_behind_one_whose_bytes_do_not_fit_is_not_told_what_is_not_so() -> None:
+    made = PlanDriver()
+    made.add(A, BlobShape(4 * MIB, MIB), ONE, kept=[1])
+    made.limit(MIB, MIB)
+    first, second = made.need(A, 0, 1), made.need(A, 1, 2)
+    made.no_room()
+    assert made.woken[first] is not None
+    run_all(made)
+    assert made.woken[second] is None

@@ -3,7 +3,8 @@
 Rules that hold here:
 
 - Landing: bytes are in the file, `commit` syncs the file, and then commits the records. Never the other way round.
-- Dropping: the records are committed as absent, and then the space is given back.
+- Dropping: the records are committed as absent, and then the space is given back. `evicting` has the rules for blobs
+  that readers may have mapped.
 - Deleting: the records go, with a note that the file is doomed; then the file; then the note.
 - `_changes` makes these sequences exclude one another. Reading takes no lock but the descriptor table's, which is
   never held across a system call that may wait: `read_nowait` cannot be held up by a sync.
@@ -26,7 +27,8 @@ from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Blob, BlobId, Manifest, Trust
 from weightfs.errors import CacheError, DiskFault, WeightfsError
-from weightfs.store import ledger, lockfile, opening, refs
+from weightfs.store import evicting, ledger, lockfile, opening, refs
+from weightfs.store.evicting import Use
 from weightfs.store.index import Index, Txn
 from weightfs.store.ledger import Landing
 from weightfs.store.records import (
@@ -52,6 +54,7 @@ class Progress:
     suspect: ChunkSet
     run: RunState | None
     trust: Trust
+    use: Use
 
 
 class Cache:
@@ -195,9 +198,7 @@ class Cache:
         return freed
 
     def _delete_doomed(self) -> None:
-        with self._index.read() as txn:
-            doomed = [BlobId(key) for key in txn.keys("doomed") if len(key) == 16]
-        for blob in doomed:
+        for blob in evicting.settle_doomed(self._index):
             self._finish_deletion(blob)
 
     def progress(self, id: BlobId) -> Progress:  # noqa: A002
@@ -206,7 +207,8 @@ class Cache:
             record = self._record(txn, id)
             bits = ledger.load_bits(txn, id, record.blob.shape)
             run = ledger.load_run(txn, id, record.blob.shape)
-        return Progress(bits.present, bits.suspect, run, record.trust)
+            use = evicting.load_use(txn, id)
+        return Progress(bits.present, bits.suspect, run, record.trust, use)
 
     def digests(self, id: BlobId, chunks: ChunkSpan) -> dict[int, bytes]:  # noqa: A002
         """The recorded digests of these chunks, of those too whose bytes were dropped."""
@@ -360,6 +362,7 @@ class Cache:
             if blob in runs:
                 ledger.put_run(txn, record, bits, runs[blob])
             ledger.put_bits(txn, blob, bits)
+            evicting.mark_if_whole(txn, blob, bits.present)
             if blob in trusts:
                 ledger.set_trust(txn, record, trusts[blob])
         return conflicts
@@ -390,22 +393,37 @@ class Cache:
             if given.full:
                 self._files.forget(id)
             if punch:
-                self._punch(id, shape, given)
+                evicting.give_back(self._files, id, shape, given)
             if id in self._lost:
                 self._lost[id].difference(given)
         return dropped.byte_count(shape)
 
-    def _punch(self, blob: BlobId, shape: BlobShape, chunks: ChunkSet) -> None:
-        """Give space back. What is wrong with the file is no matter here: the chunks are absent already."""
-        try:
-            freed = self._files.punch(blob, [shape.bytes_of(run) for run in chunks.runs()])
-        except CacheError as error:
-            log.warning("dropped chunks of blob %s keep their space: %s", blob, error)
-            return
-        if not freed:
-            log.info(
-                "the filesystem of %s cannot free parts of a file: dropped chunks keep their space", self.root
-            )
+    def evict(self, id: BlobId, chunks: Iterable[int] | None = None) -> int | None:  # noqa: A002
+        """Drop chunks and give their space back; None: all of them, with the file, of which `prepare` makes a new one.
+
+        Digests are kept. Returns the bytes that were freed on the disk. None if the space stays as it is, though the
+        chunks are dropped: the blob was whole once, and may be mapped (so it may go whole only), or the filesystem
+        cannot free parts of a file.
+        """
+        with self._changes, self._preparing:
+            if chunks is None:
+                known = self._index.write(lambda txn: evicting.take_whole(txn, id))
+                return self._finish_deletion(id) if known else 0
+            given = list(chunks)
+            freed = evicting.evict_part(self._index, self._files, id, given)
+            if id in self._lost:
+                for chunk in given:
+                    self._lost[id].discard(chunk)
+            return freed
+
+    def note_uses(self, times: Mapping[BlobId, Sequence[int]]) -> None:
+        """Record when the regions of these blobs were last used (`core.uses`), in one synced transaction."""
+        self._index.write(lambda txn: evicting.note_times(txn, times))
+
+    def occupancy(self, id: BlobId) -> tuple[int, int]:  # noqa: A002
+        """Bytes that the blob's file takes on the disk, and when it was last written (since 1970); zeros: no file."""
+        found = self._files.status(id)
+        return (0, 0) if found is None else (found.st_blocks * 512, int(found.st_mtime))
 
     # The whole
 

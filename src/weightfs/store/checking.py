@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from weightfs.core.manifest import BlobId
 from weightfs.errors import CacheError
-from weightfs.store import ledger
+from weightfs.store import evicting, ledger
 from weightfs.store.index import Index, Txn
 from weightfs.store.records import (
     BlobRecord,
@@ -91,7 +91,7 @@ def _refs(txn: Txn, known: set[BlobId]) -> Iterator[str]:
 
 def _strangers(txn: Txn, files: SparseFiles, known: set[BlobId]) -> Iterator[str]:
     raw = {blob.raw for blob in known}
-    for table in ("list", "bits", "run", "file"):
+    for table in ("list", "bits", "run", "use", "file"):
         for key in txn.keys(table):
             if key not in raw:
                 yield f"the table {table} has an entry for blob {key.hex()}, which is not recorded"
@@ -150,6 +150,9 @@ def _others(txn: Txn, record: BlobRecord, chunks: dict[int, ChunkRecord]) -> Ite
         return
     if run is not None and any(chunk not in chunks for chunk in range(run.frontier)):
         yield "its running hash is over chunks that are not recorded"
+    present = sum(1 for known in chunks.values() if known.present)
+    if present == count > 0 and not evicting.load_use(txn, record.blob.id).whole:
+        yield "every chunk of it is recorded, and it is not marked as whole: its file could be punched under a mapping"
 
 
 def _file(files: SparseFiles, record: BlobRecord, present: dict[int, ChunkRecord]) -> Iterator[str]:

@@ -13,6 +13,7 @@ Tables, keys and values (`records.py` has the encodings; "sealed" is explained t
                               digest kept) | u8 source | u16 epoch | u32 length | sha256[32] | u32 landed_at
     bits   id[16]             sealed: u32be count ‖ present bitmap ‖ suspect bitmap, both little-endian
     run    id[16]             sealed: u64be frontier ‖ 8 × u32be H
+    use    id[16]             sealed: u8 was whole once ‖ u8 n ‖ n × u32be last use of a region, seconds since 1970
     file   id[16]             sealed: size, inode, ctime, mtime at the last clean close
     doomed id[16]             sealed, empty: a data file that is to be deleted
 
@@ -43,7 +44,7 @@ from weightfs.store import probe
 from weightfs.store.records import RecordError, seal, unseal
 from weightfs.store.sparse import disk_errors, reserve, translate
 
-TABLES = ("meta", "ref", "raw", "blob", "list", "chunk", "bits", "run", "file", "doomed")
+TABLES = ("meta", "ref", "raw", "blob", "list", "chunk", "bits", "run", "use", "file", "doomed")
 _MAP_SIZE = 1 << 28  # address space, not memory: 2 million chunk records before it must grow
 _MAX_MAP_SIZE = 1 << 42
 # Kept allocated past the end of data.mdb: on a full disk, dropping chunks still needs new pages (copy on write).

@@ -101,7 +101,7 @@ def ref_records(txn: Txn) -> Iterator[RefRecord]:
 
 def forget_blob(txn: Txn, blob: BlobId) -> None:
     """Every record of a blob."""
-    for table in ("blob", "list", "bits", "run", "file"):
+    for table in ("blob", "list", "bits", "run", "use", "file"):
         txn.delete(table, blob.raw)
     forget_chunks(txn, blob)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import BlobId
 from weightfs.errors import CacheError, CacheFormatError
-from weightfs.store import ledger
+from weightfs.store import evicting, ledger
 from weightfs.store.index import Txn
 from weightfs.store.ledger import Bits
 from weightfs.store.records import BlobRecord, FileMark, RecordError, decode_file, encode_file
@@ -35,12 +35,16 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 
 
-def _to_2(_: Txn) -> None:
+def _to_2(txn: Txn) -> None:
     """What format 1 wrote is read as it is; a ref that it pinned has no `raw`, until it is asked for again.
+
+    It did not note which blobs were whole once, so that all count as such: see `evicting`.
 
     The number was raised because a weightfs of format 1 would not see git's digests and call such blobs unverifiable,
     would leave the manifest of an older revision in the table `raw`, and would take a file inside a tar for damage.
     """
+    for key in txn.keys("blob"):
+        evicting.put_use(txn, BlobId(key), evicting.Use(whole=True))
 
 
 # From the format that is the key to the next one. Each is run in the transaction that opens the cache.
