@@ -27,7 +27,8 @@ _KEYS: Final = {"trusted_key": "trusted-keys", "private_host": "private-hosts"}
 # Settings that decide how origins are asked: a daemon has its own.
 FETCH_KEYS: Final = (
     "retry", "retry-delay", "timeout", "connect-timeout", "stall-timeout", "proxy", "header", "ca-file",
-    "private-hosts", "trusted-keys", "policy", "workers", "max-jobs",
+    "private-hosts", "trusted-keys", "policy", "workers", "max-jobs", "hf-endpoint", "hf-token-file",
+    "registry-auth-file",
 )  # fmt: skip
 
 
@@ -84,6 +85,13 @@ fetch_options = _stack(
     click.option("--chunks", metavar="FILE|URL", help="Where the .meta4 is, if not beside the file."),
     click.option(
         "--trusted-key", metavar="KEY|FILE", multiple=True, help="Minisign key that signs chunk lists."
+    ),
+    click.option(
+        "--hf-endpoint", metavar="URL", help="Where the Hub's API is.  [default: https://huggingface.co]"
+    ),
+    click.option("--hf-token-file", metavar="FILE", help="File with the token for the Hub."),
+    click.option(
+        "--registry-auth-file", metavar="FILE", help="Credentials for registries, as docker's config.json."
     ),
     click.option("--policy", metavar="POLICY", help="strict, provisional or hold.  [default: provisional]"),
     click.option(
