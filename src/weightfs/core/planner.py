@@ -117,6 +117,20 @@ class Planner:
         """Of which blobs something does not fit (of background, the first in line), and how urgent it is."""
         return {blob.id: priority for blob, priority in self._ledger.room.short.items()}
 
+    @property
+    def is_short(self) -> bool:
+        """Whether something does not fit."""
+        return bool(self._ledger.room.short)
+
+    def holding(self, blob: BlobId) -> int:
+        """What the blob's chunks take in its file. KeyError."""
+        return self._ledger.holding(self._ledger.blobs[blob])
+
+    @property
+    def next_job(self) -> int:
+        """Jobs that begin from now on have this number or a higher one."""
+        return self._ledger.next_job
+
     def demanded_bytes(self) -> int:
         """What readers wait for that does not fit."""
         short = self._ledger.room.short

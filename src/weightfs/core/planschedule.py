@@ -48,6 +48,8 @@ class Scheduler:
         if on and not blob.fill:
             blob.fill_rank = self._next_rank()
         blob.fill = on
+        if self._ledger.room.short.get(blob, Priority.DEMAND) is not Priority.DEMAND:
+            del self._ledger.room.short[blob]  # asked again, `NeedRoom` is said again
 
     def favour(self, blob: BlobPlan) -> None:
         """Somebody reads it: its fill goes first."""

@@ -6,19 +6,26 @@ Sets of chunks, each inside the one before it: `present` (visible; shared with t
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from weightfs.core.chunkset import ChunkSet
-from weightfs.core.geometry import BlobShape
+from weightfs.core.geometry import BlobShape, ChunkSpan
 from weightfs.core.manifest import Blob, BlobId, Mirror, Policy, Trust
 from weightfs.core.readahead import ReadAhead
 from weightfs.core.ref import without_secrets
+from weightfs.core.uses import Uses
 from weightfs.engine.status import BlobStatus
-from weightfs.errors import CacheError
+from weightfs.errors import CacheError, NoSpaceError
 from weightfs.store.cache import RunState
+
+
+def wall_clock() -> float:
+    """Seconds since 1970, for last uses: they outlive the process, and a monotonic clock does not."""
+    return time.time()
 
 
 @dataclass(slots=True)
@@ -53,6 +60,14 @@ class BlobState:
     checking: dict[int, trio.Event] = field(default_factory=dict)  # suspect chunks being hashed
     # Digests that a chunk must have where there is no list: proven once, then dropped (store.Cache.required_digests).
     required: dict[int, bytes] = field(default_factory=dict)
+    uses: Uses = field(default_factory=lambda: Uses(BlobShape(0, 1)))  # when what was last read
+    # Every chunk was recorded at one time since the file was made: it may be mapped, and is only evicted whole.
+    whole: bool = False
+    stale: bool = False  # at the start the file took more room than what is recorded of it
+    relieved: int = (
+        0  # a full disk was given room once, for jobs below this number; 0: since a commit went well
+    )
+    no_room: NoSpaceError | None = None  # why it is not completed: the cache is full
     let_go: int = 0  # the byte up to which the pages behind a sequential reader were let go
     changed: trio.Event = field(
         default_factory=trio.Event
@@ -101,6 +116,10 @@ class BlobState:
         """What the chunk must hash to; empty if nobody knows."""
         listed = self.blob.chunk_list
         return listed.digest_of(chunk) if listed is not None else self.required.get(chunk, b"")
+
+    def touch(self, chunks: ChunkSpan) -> None:
+        """These were read, or have landed."""
+        self.uses.touch(chunks, wall_clock())
 
     def notify(self) -> None:
         """Wake whoever watches this blob."""

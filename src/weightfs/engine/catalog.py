@@ -18,6 +18,7 @@ from weightfs.core.mirror_rules import with_twins
 from weightfs.core.mirrors import joined
 from weightfs.core.names import identity
 from weightfs.core.readahead import ReadAhead
+from weightfs.core.uses import Uses
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.settings import EngineSettings
 from weightfs.errors import CacheError
@@ -25,7 +26,7 @@ from weightfs.store.cache import Cache, Progress, RunState, StoredRef
 
 log = logging.getLogger(__name__)
 
-_Recalled = tuple[Blob, Progress]
+_Recalled = tuple[Blob, Progress, tuple[int, int]]
 
 
 class Catalog:
@@ -106,15 +107,20 @@ class Catalog:
 
     def _recall(self, blob: Blob) -> _Recalled:
         """The store's word on shape and list: it may have kept those under which chunks are recorded."""
-        return self._cache.blob(blob.id) or blob, self._cache.progress(blob.id)
+        return (
+            self._cache.blob(blob.id) or blob,
+            self._cache.progress(blob.id),
+            self._cache.occupancy(blob.id),
+        )
 
     def _note(self, blob: Blob, stored: StoredRef, recalled: _Recalled) -> BlobState:
         known = self._states.get(blob.id)
         if known is not None:
             known.blob = self._placed(known.blob, blob)
             return known
-        kept, progress = recalled
+        kept, progress, (occupied, written_at) = recalled
         run, trust = _founded(kept, progress)
+        present_bytes = progress.present.byte_count(kept.shape)
         state = BlobState(
             blob=self._placed(kept, blob),
             ref=stored.manifest.ref,
@@ -128,7 +134,11 @@ class Catalog:
             run=run,
             resumed=run.frontier if run else 0,
             mtime=stored.added_at,
-            present_bytes=progress.present.byte_count(kept.shape),
+            present_bytes=present_bytes,
+            uses=Uses(kept.shape, progress.use.times, landed=written_at),
+            whole=progress.use.whole,
+            # By less than a chunk, it is the filesystem's own way to count.
+            stale=occupied >= present_bytes + kept.shape.chunk_length,
         )
         self._states[blob.id] = state
         return state

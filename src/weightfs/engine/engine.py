@@ -32,12 +32,14 @@ from weightfs.engine.homes import home_of
 from weightfs.engine.keeping import Keeper
 from weightfs.engine.reader import Reader
 from weightfs.engine.report import describe_jobs, describe_refs
+from weightfs.engine.room import Room
 from weightfs.engine.seal import Sealer
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.engine.status import (
     BlobStatus,
     CacheSpace,
     EngineStatus,
+    GcReport,
     Outcome,
     RefUpdate,
     VerifyProgress,
@@ -52,8 +54,6 @@ from weightfs.store.cache import Cache, StoredRef
 
 log = logging.getLogger(__name__)
 
-SPACE_SECONDS = 5.0  # how old `statfs` may be
-
 
 class Engine:
     """Made by `open_engine`."""
@@ -65,7 +65,6 @@ class Engine:
         self._nursery = nursery
         self._started = trio.current_time()
         self._sources: dict[str, Source] = {}
-        self._space = CacheSpace(0, 0)
         # What is pinned changes one ref at a time: a blob that is being removed cannot be added meanwhile. Never held
         # while an origin is asked.
         self._pinning = trio.Lock()
@@ -78,7 +77,9 @@ class Engine:
             self._planner, self._pool, self._holdings.landed, self._holdings.mend, nursery
         )
         self._committer = Committer(cache, settings, self._holdings.committed, self._holdings.lost)
-        self._holdings.connect(self._fetcher, self._committer)
+        self._room = Room(cache, settings, self._catalog, self._planner, self._fetcher, self._holdings)
+        self._holdings.connect(self._fetcher, self._committer, self._room.relieve)
+        self._fetcher.connect(self._room.poke, self._room.relieve)
         self._hasher = Hasher(cache, self._pool.submit)
         self._sealer = Sealer(
             self._hasher, self._committer, self._holdings, lambda: self._planner.waiting() > 0
@@ -92,13 +93,14 @@ class Engine:
     # ---- life
 
     async def _start(self) -> None:
-        self._space = self._look_at_space()
         self._catalog.load()  # before anybody reads: the loop has nothing else to do
+        self._room.give_back_leftovers()
         await self._nursery.start(self._pool.run)
-        for task in (self._fetcher.keep_time, self._committer.run, self._sealer.run, self._watch_space):
+        for task in (self._fetcher.keep_time, self._committer.run, self._sealer.run, self._room.run):
             self._nursery.start_soon(task)
         for state in self._catalog.states():
             self._begin(state)
+        self._room.open()
 
     def _begin(self, state: BlobState) -> None:
         self._fetcher.add(state)
@@ -116,15 +118,7 @@ class Engine:
     async def _flush(self) -> None:
         with trio.CancelScope(shield=True):
             await self._committer.flush()
-
-    def _look_at_space(self) -> CacheSpace:
-        stats = os.statvfs(self._cache.root)
-        return CacheSpace(stats.f_blocks * stats.f_frsize, stats.f_bavail * stats.f_frsize)
-
-    async def _watch_space(self) -> None:
-        while True:
-            await trio.sleep(SPACE_SECONDS)
-            self._space = await trio.to_thread.run_sync(self._look_at_space)
+            await self._room.note_uses()
 
     def fail_reads(self) -> None:
         """Every waiting and every later read gets ReadError at once: before unmounting."""
@@ -209,6 +203,7 @@ class Engine:
             for _, state in self._catalog.files(ref_text):
                 self._keeper.begin(state)
                 self._keeper.rest(state)
+        self._room.poke()
 
     def _known(self, ref_text: str) -> StoredRef:
         stored = self._catalog.ref(ref_text)
@@ -248,12 +243,13 @@ class Engine:
     async def _delete(self, state: BlobState) -> int:
         self._sealer.forget(state)
         state.generation += 1
-        self._fetcher.remove(state.id)
-        state.notify()
-        await self._fetcher.drained(state)  # a job's last chunk may still be on its way to the file
-        async with state.preparing:
-            await self._committer.forget(state.id)
-            return await trio.to_thread.run_sync(self._cache.delete_blob, state.id)
+        with self._room.leaving(state):
+            self._fetcher.remove(state.id)
+            state.notify()
+            await self._fetcher.drained(state)  # a job's last chunk may still be on its way to the file
+            async with state.preparing:
+                await self._committer.forget(state.id)
+                return await trio.to_thread.run_sync(self._cache.delete_blob, state.id)
 
     async def complete(self, ref_text: str) -> None:
         """Fetch all of a ref and wait until it is sealed. KeyError, ReadError, IntegrityError."""
@@ -264,6 +260,10 @@ class Engine:
     ) -> VerifyReport:
         """Compare what is cached with the records. KeyError, CacheError; ReadError if a repair fails."""
         return await self._upkeep.verify(ref_text, repair=repair, on_progress=on_progress)
+
+    async def gc(self, *, dry_run: bool = False) -> GcReport:
+        """Evict what is too old or beyond the limits; or only say what that is."""
+        return await self._room.gc(dry_run=dry_run)
 
     # ---- what the mount asks
 
@@ -278,7 +278,7 @@ class Engine:
 
     def statfs(self) -> CacheSpace:
         """Room of the cache's filesystem, a few seconds ago."""
-        return self._space
+        return self._room.space
 
     async def read(self, id: BlobId, span: ByteSpan) -> bytes:  # noqa: A002 - the contract's name
         """Exactly the bytes of `span`, clipped at the end of the blob. ReadError within `read_timeout`."""
@@ -292,6 +292,7 @@ class Engine:
         state = self._catalog.get(id)
         if state is not None:
             state.handles += 1
+            self._used(state)
             if not state.complete:
                 self._nursery.start_soon(self._open, state)
 
@@ -300,8 +301,16 @@ class Engine:
         state = self._catalog.get(id)
         if state is not None:
             state.handles = max(0, state.handles - 1)
+            self._used(state)
+            if not state.handles:
+                self._room.poke()  # it may be evicted from now on
             if not state.handles and id in self._left:
                 self._nursery.start_soon(self._tidy)
+
+    @staticmethod
+    def _used(state: BlobState) -> None:
+        if state.may_be_passed:  # the kernel does not say what it reads of it
+            state.touch(state.shape.chunks)
 
     async def _open(self, state: BlobState) -> None:
         try:
@@ -325,7 +334,7 @@ class Engine:
     def status(self) -> EngineStatus:
         """A snapshot of everything."""
         now = trio.current_time()
-        trouble = self._committer.trouble
+        trouble = str(self._committer.trouble or self._room.trouble)
         return EngineStatus(
             version=__version__,
             pid=os.getpid(),
@@ -333,11 +342,14 @@ class Engine:
             uptime=now - self._started,
             cache=str(self._cache.root),
             cache_bytes=sum(state.present_bytes for state in self._catalog.states()),
-            free_bytes=self._space.free_bytes,
+            held_bytes=self._planner.held_bytes,
+            limit_bytes=self._room.limit,
+            evicted_bytes=self._room.evicted_bytes,
+            free_bytes=self._room.space.free_bytes,
             fetched_bytes=self._fetcher.fetched_bytes,
             mismatched_chunks=self._fetcher.mismatches,
             disk_faults=self._holdings.disk_faults,
-            trouble=str(trouble) if trouble else "",
+            trouble=trouble,
             refs=describe_refs(self._catalog, self._planner, now),
             jobs=describe_jobs(self._planner, now),
         )

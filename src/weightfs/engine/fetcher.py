@@ -68,9 +68,20 @@ class Fetcher:
         self._alarm = float("inf")
         self._rearm = trio.Event()
         self._ended = trio.Event()
+        self._need_room: Callable[[], None] = lambda: None
+        self._relieve: Callable[[BlobState, int], Awaitable[bool]]
         self.closed: Failure | None = None
         self.fetched_bytes = 0
         self.mismatches = 0
+
+    def connect(
+        self, need_room: Callable[[], None], relieve: Callable[[BlobState, int], Awaitable[bool]]
+    ) -> None:
+        """Before anything else. `need_room()`: something does not fit into the capacity.
+
+        `relieve(state, job)`: the disk is full, says a job; whether there is room now, so that it may be tried again.
+        """
+        self._need_room, self._relieve = need_room, relieve
 
     @property
     def jobs(self) -> int:
@@ -80,7 +91,10 @@ class Fetcher:
     def add(self, state: BlobState) -> None:
         """Make a blob known. Its `present` set is shared with the planner from here on."""
         self._blobs[state.id] = state
-        self.feed(plan.Added(state.id, state.shape, state.blob.mirrors, state.present))
+        absent = (
+            [c for c in state.shape.chunks if c not in state.present] if state.whole and state.stale else ()
+        )
+        self.feed(plan.Added(state.id, state.shape, state.blob.mirrors, state.present, absent))
 
     def remove(self, blob: BlobId) -> None:
         """Forget a blob; its jobs are stopped."""
@@ -92,6 +106,12 @@ class Fetcher:
         while any(running.state is state for running in self._jobs.values()):
             self._ended = trio.Event() if self._ended.is_set() else self._ended
             await self._ended.wait()
+
+    def fill(self, state: BlobState) -> None:
+        """Put the blob in line for background fill."""
+        self.feed(plan.Fill(state.id, on=True))
+        if self._planner.is_short:
+            self._need_room()  # it may stand behind somebody for whom room was not made
 
     def abandon(self, state: BlobState) -> None:
         """Stop every fetch of a blob: the file that they write into was lost. The planner plans them anew."""
@@ -115,6 +135,8 @@ class Fetcher:
                         waiting.event.set()
                 case plan.GaveUp():
                     self._gave_up(command)
+                case plan.NeedRoom():
+                    self._need_room()
                 case plan.SleepUntil(time):
                     self._alarm = time
                     self._rearm.set()
@@ -208,6 +230,8 @@ class Fetcher:
         closing = self._nursery.cancel_scope.cancel_called
         if running is not None and kind is FailureKind.DISK and not closing:
             self._nursery.start_soon(self._mend, message.job, running, failure)
+        elif running is not None and kind is FailureKind.NO_SPACE and not closing:
+            self._nursery.start_soon(self._make_room, message.job, running, failure)
         else:
             self._tell_failed(message.job, failure)
 
@@ -218,6 +242,12 @@ class Fetcher:
                 failure = replace(failure, kind=FailureKind.CANCELLED)
         except CacheError as error:
             failure = replace(failure, text=str(error))
+        self._tell_failed(job, failure)
+
+    async def _make_room(self, job: int, running: _Running, failure: Failure) -> None:
+        """If something could be evicted, the fetch is tried again, once, before anybody is told of the full disk."""
+        if await self._relieve(running.state, job):
+            failure = replace(failure, kind=FailureKind.CANCELLED)
         self._tell_failed(job, failure)
 
     def _tell_failed(self, job: int, failure: Failure) -> None:

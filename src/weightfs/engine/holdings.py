@@ -7,14 +7,16 @@ must not use them.
 
 from __future__ import annotations
 
+import enum
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 
 import trio
 
 from weightfs.core import plan
 from weightfs.core.chunkset import ChunkSet
+from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import Blob, BlobId, Trust
 from weightfs.core.plan import Failure
 from weightfs.core.planner import Planner
@@ -52,12 +54,19 @@ class Holdings:
         self._tell_durable = durable
         self._fetcher: Fetcher
         self._committer: Committer
+        self._relieve: Callable[[BlobState, int], Awaitable[bool]]
         self.disk_faults = 0
 
-    def connect(self, fetcher: Fetcher, committer: Committer) -> None:
-        """The two that call back into this one; before anything else."""
+    def connect(
+        self,
+        fetcher: Fetcher,
+        committer: Committer,
+        relieve: Callable[[BlobState, int], Awaitable[bool]],
+    ) -> None:
+        """The two that call back into this one, and who makes room on a full disk; before anything else."""
         self._fetcher = fetcher
         self._committer = committer
+        self._relieve = relieve
 
     def pinned(self, state: BlobState) -> bool:
         """Whether the blob is still there, and this is its state: it may have been removed, and added again."""
@@ -121,18 +130,19 @@ class Holdings:
         self._new_life(state)
         gone = list(state.present)
         self.disk_faults += len(gone)
-        await self._drop(state, gone, everything=True)
+        await self._drop(_Owed(state, gone, _Way.LOST))
 
     async def fill(self, state: BlobState) -> None:
         """Put the blob in line for background fill. CacheError if its file cannot be made."""
         state.filling = True
         if await self.prepare(state) and not state.complete:
-            self._fetcher.feed(plan.Fill(state.id, on=True))
+            self._fetcher.fill(state)
 
     def landed(self, state: BlobState, chunk: int, digest: bytes) -> None:
         """The chunk is written; the planner hears of it next, and wakes its readers."""
         nbytes = len(state.shape.span_of(chunk))
         state.present_bytes += nbytes
+        state.touch(ChunkSpan(chunk, chunk + 1))
         kind = ChunkState.LISTED if state.blob.chunk_list is not None else ChunkState.LANDED
         self._committer.landed(Landing(state.id, chunk, digest, kind, 0), nbytes, state.life)
         if state.present_bytes == state.shape.size:
@@ -149,6 +159,8 @@ class Holdings:
         for blob, nbytes in settled.items():
             self._fetcher.feed(plan.Durable(blob, nbytes))
             if state := self._look_up(blob):
+                state.relieved = 0
+                state.whole = state.whole or state.durable.full
                 self._tell_durable(state)
                 state.notify()
 
@@ -171,7 +183,31 @@ class Holdings:
         """
         gone = [chunk for chunk in dict.fromkeys(chunks) if chunk in state.present]
         if gone and self.pinned(state):
-            await self._drop(state, gone)
+            await self._drop(_Owed(state, gone))
+
+    async def evict(self, state: BlobState, chunks: Iterable[int] | None, may: Callable[[], bool]) -> int:
+        """Take chunks out of the cache, and give back their room; None: all, and the file. The bytes freed on the disk.
+
+        Nothing happens unless `may()` when it begins. What was proven binds what lands there later, as after any drop.
+        """
+        async with state.preparing:
+            if not self.pinned(state) or not may():
+                return 0
+            if state.filling:  # else it would be fetched again at once
+                state.filling = False
+                self._fetcher.feed(plan.Fill(state.id, on=False))
+            if chunks is not None:
+                owed = _Owed(state, [chunk for chunk in chunks if chunk in state.durable], _Way.PART)
+                await self._drop(owed)
+                return owed.freed
+            owed, file = _Owed(state, list(state.present), _Way.WHOLE), state.file
+            # Whatever begins before there is a new file opens none: no file has this identity.
+            state.prepared, state.file = False, (0, 0)
+            self._new_life(state)
+            await self._drop(owed)
+            if state.file == (0, 0):
+                state.file = file  # the index could not be written, and the file stays
+            return owed.freed
 
     async def adopt(self, state: BlobState) -> None:
         """Believe of a known blob what the index was told since: a chunk list, and what that says of cached chunks.
@@ -201,10 +237,11 @@ class Holdings:
             state.run = self.restart_hash(state)
         self._fetcher.abandon(state)  # what is on its way is not compared with the list: planned anew
         if wrong:
-            await self._drop(state, wrong)
+            await self._drop(_Owed(state, wrong))
         state.notify()
 
-    async def _drop(self, state: BlobState, gone: list[int], *, everything: bool = False) -> None:
+    async def _drop(self, owed: _Owed) -> None:
+        state, gone = owed.state, owed.chunks
         state.generation += 1
         self._fetcher.feed(plan.Dropped(state.id, gone))
         for chunk in gone:
@@ -213,18 +250,21 @@ class Holdings:
             state.present_bytes -= len(state.shape.span_of(chunk))
         if gone:  # before anything is awaited: the sealer must not go on from what it took of these chunks
             self._distrust(state, min(gone))
-        owed = _Owed(state, gone, everything)
         with trio.CancelScope(shield=True):  # half a drop would leave chunks that nobody may fetch
             unsettled = await self._committer.forget(state.id, set(gone))
             self._fetcher.feed(plan.Undone(state.id, unsettled))
             if not await self._punch(owed) and not self._nursery.cancel_scope.cancel_called:
+                if (
+                    owed.way is _Way.WHOLE
+                ):  # by then others may have landed in the file: it cannot go any more
+                    owed = _Owed(state, gone)
                 self._nursery.start_soon(self._punch_later, owed)
 
     async def _punch(self, owed: _Owed) -> bool:
         """Take dropped chunks out of index and file, and let them be fetched. False if the index cannot be written."""
         state = owed.state
         try:
-            required = await trio.to_thread.run_sync(self._punch_in_thread, owed)
+            required, freed, file = await trio.to_thread.run_sync(self._punch_in_thread, owed)
         except CacheError as error:
             if self.pinned(state):
                 log.error("cannot drop %d chunks of %s: %s", len(owed.chunks), state.ref, error)
@@ -233,10 +273,21 @@ class Holdings:
             return True
         if self.pinned(state):
             state.required |= required
-            self._fetcher.feed(plan.Punched(state.id, owed.chunks))
+            self._punched(owed, freed, file)
             if state.filling:
                 self._fetcher.feed(plan.Fill(state.id, on=True))
         return True
+
+    def _punched(self, owed: _Owed, freed: int | None, file: tuple[int, int] | None) -> None:
+        state, chunks = owed.state, owed.chunks
+        owed.freed = freed or 0
+        if owed.way is _Way.WHOLE:
+            state.whole, state.file, state.prepared = False, file, True
+            self._new_life(state)
+            chunks = list(state.shape.chunks)  # what was dropped before, and kept its room, is gone too
+        elif owed.way is _Way.PART:
+            state.whole = state.whole or freed is None
+        self._fetcher.feed(plan.Punched(state.id, chunks, freed=freed is not None))
 
     async def _punch_later(self, owed: _Owed) -> None:
         """Until it is done, the chunks are holes that nobody fills: index and file still have them."""
@@ -245,21 +296,29 @@ class Holdings:
             if await self._punch(owed):
                 return
 
-    def _punch_in_thread(self, owed: _Owed) -> dict[int, bytes]:
-        shape, blob = owed.state.shape, owed.state.id
-        chunks = shape.chunks if owed.everything else ChunkSet(shape.chunk_count, owed.chunks)
-        # Bytes stay until better ones are written over them: a file that was complete once may be mapped by somebody
-        # through the kernel (also by one who outlived a killed daemon), who must see neither holes nor zeros.
-        self._cache.drop(blob, chunks, punch=False)
-        if len(owed.chunks) == shape.chunk_count and not owed.everything:
-            self._cache.prepare(
-                blob
-            )  # with its last chunk the store forgot the file, which is in use all the same
+    def _punch_in_thread(self, owed: _Owed) -> tuple[dict[int, bytes], int | None, tuple[int, int] | None]:
+        """What must land there from now on, the bytes that were freed (None: their room is kept), the file."""
+        shape, blob, freed = owed.state.shape, owed.state.id, None
+        match owed.way:
+            case _Way.WHOLE:
+                freed = self._cache.evict(blob)
+                self._cache.prepare(blob)
+            case _Way.PART:
+                freed = self._cache.evict(blob, owed.chunks)
+            case _Way.LOST:
+                self._cache.drop(blob, shape.chunks, punch=False)
+            case _Way.KEEP:
+                # Bytes stay until better ones are written over them: a file that was complete once may be mapped by
+                # somebody through the kernel (also by one who outlived a killed daemon), who must see no holes.
+                self._cache.drop(blob, ChunkSet(shape.chunk_count, owed.chunks), punch=False)
+                if len(owed.chunks) == shape.chunk_count:
+                    # With its last chunk the store forgot the file, which is in use all the same.
+                    self._cache.prepare(blob)
         required: dict[int, bytes] = {}
         if owed.state.blob.chunk_list is None:
             for run in ChunkSet(shape.chunk_count, owed.chunks).runs():
                 required |= self._cache.required_digests(blob, run)
-        return required
+        return required, freed, self._cache.file_identity(blob)
 
     def _distrust(self, state: BlobState, first: int) -> None:
         trusted = state.blob.chunk_list is not None and state.blob.chunk_list.trusted
@@ -294,6 +353,8 @@ class Holdings:
             # First the hold: a fill would fetch again at once what cannot be kept.
             lost = await self._was_lost(state, batch.lives[blob], error)
             failure = None if lost else failure_of(error)
+            if failure and failure.kind is FailureKind.NO_SPACE and await self._relieve(state, 0):
+                failure = None  # there is room now: fetched again, it may be recorded
             self._fetcher.feed(plan.Undone(blob, sum(nbytes for _, nbytes in gone), failure))
             chunks = [landing.chunk for landing, _ in gone]
             if doubt is None or lost:
@@ -327,13 +388,23 @@ class Holdings:
             return ChunkSet(state.shape.chunk_count)
 
 
-@dataclass(frozen=True, slots=True)
+class _Way(enum.Enum):
+    """What becomes of the bytes of dropped chunks."""
+
+    KEEP = enum.auto()  # they stay, until others are written over them
+    PART = enum.auto()  # holes are punched, if nobody can have the file mapped
+    WHOLE = enum.auto()  # the file loses its name, and there is a new one
+    LOST = enum.auto()  # the file is lost, and is to be made anew
+
+
+@dataclass(slots=True)
 class _Owed:
-    """Chunks that left memory and have to leave index and file; `everything`: the file is to be made anew."""
+    """Chunks that left memory and have to leave index and file. `freed`: bytes, once they have."""
 
     state: BlobState
     chunks: list[int]
-    everything: bool
+    way: _Way = _Way.KEEP
+    freed: int = 0
 
 
 def failure_of(error: WeightfsError) -> Failure:

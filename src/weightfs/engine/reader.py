@@ -55,6 +55,7 @@ class Reader:
         if state.policy.allows(state.trust) and state.present.covers(chunks) and not _suspects(state, chunks):
             data = self._cache.read_nowait(state.id, span)
             if data is not None:
+                state.touch(chunks)
                 self._observe(state, span, stalled=False)
                 return data
         limit = self._settings.read_timeout or float("inf")
@@ -83,6 +84,7 @@ class Reader:
                 await self._holdings.drop_bad(state, list(chunks))
                 continue
             if state.generation == generation:
+                state.touch(chunks)
                 if not observed:
                     self._observe(state, span, stalled=False)
                 return data
@@ -132,6 +134,8 @@ class Reader:
             await self._prepare(state)
             await self._holdings.fill(state)
             self._check_pinned(state, state.shape.chunks)
+            if full := state.no_room:
+                raise ReadError(f"cannot read {state.ref}: {full}", kind=FailureKind.NO_SPACE, ref=state.ref)
             if error := state.seal_error:
                 text = f"cannot prove {state.ref}: {error}"
                 raise ReadError(text, kind=kind_of(error), ref=state.ref)

@@ -48,7 +48,7 @@ def _describe(path: str, state: BlobState, planner: Planner, now: float) -> File
         open_handles=state.handles,
         waiting_readers=planner.waiting(state.id),
         filling=state.filling and not state.complete,
-        error=failure.text if failure else "",
+        error=failure.text if failure else str(state.no_room or ""),
         mirrors=tuple(
             MirrorStatus(
                 score.url,

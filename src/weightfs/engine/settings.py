@@ -39,6 +39,10 @@ class EngineSettings:
     policy: Policy = Policy.PROVISIONAL
     read_timeout: float = 600.0  # a read that waits longer fails; 0: it waits for ever
     readahead_bytes: int = 64 * MIB  # largest window of one sequential stream
+    # The cache's limits (docs/design.md, "Eviction"); None: no limit. Of `min_free_bytes`, None is the default rule.
+    max_bytes: int | None = None  # what chunks may take
+    min_free_bytes: int | None = 0  # what the cache's filesystem has to keep free
+    max_age: float | None = None  # seconds: what was not used for longer is evicted
     commit_bytes: int = 16 * MIB  # so much landed, or `commit_seconds` after the first, makes a commit
     commit_seconds: float = 1.0
     worker_buffer_bytes: int = 32 * MIB  # chunk buffers of one worker; a single chunk may exceed it

@@ -97,6 +97,9 @@ class EngineStatus:
     uptime: float
     cache: str
     cache_bytes: int
+    held_bytes: int  # what chunks take: cached, in flight, and those whose room was not given back
+    limit_bytes: int | None  # what they may take now, by `max-size` and `min-free`
+    evicted_bytes: int  # since this process started
     free_bytes: int
     fetched_bytes: int
     mismatched_chunks: int
@@ -104,6 +107,29 @@ class EngineStatus:
     trouble: str
     refs: tuple[RefStatus, ...]
     jobs: tuple[JobStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvictedStatus:
+    """What an eviction takes or took. `idle_seconds`: since its last use; `whole`: all of it that was cached."""
+
+    ref: str
+    blob: str  # hex
+    nbytes: int
+    idle_seconds: float
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What `gc` did, or would do. `missing_bytes`: what it should free, and everything left is pinned or in use."""
+
+    dry_run: bool
+    evicted: tuple[EvictedStatus, ...]
+    freed_bytes: int
+    missing_bytes: int
+    held_bytes: int
+    limit_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,23 +60,24 @@ class Upkeep:
         """
         files = {state.id: (path, state) for path, state in self._catalog.files(ref)}
         left = iter(files.values())
+        # All of them from the beginning: none is to be evicted to make room for another.
+        for _, state in files.values():
+            state.completing += 1
+            state.no_room = None
 
         async def work() -> None:
             for path, state in left:
                 await self._complete(path, state)
 
-        async with one_cause(CacheError, IntegrityError, WeightfsError), trio.open_nursery() as nursery:
-            for _ in range(min(COMPLETE_AT_ONCE, len(files))):
-                nursery.start_soon(work)
+        try:
+            async with one_cause(CacheError, IntegrityError, WeightfsError), trio.open_nursery() as nursery:
+                for _ in range(min(COMPLETE_AT_ONCE, len(files))):
+                    nursery.start_soon(work)
+        finally:
+            for _, state in files.values():
+                state.completing -= 1
 
     async def _complete(self, path: str, state: BlobState) -> None:
-        state.completing += 1
-        try:
-            await self._finish(path, state)
-        finally:
-            state.completing -= 1
-
-    async def _finish(self, path: str, state: BlobState) -> None:
         while not state.sealed or len(state.suspect):
             await self._seal(path, state)
             # What was recorded before an unclean stop is hashed once more: the whole was proven, the disk was not.
@@ -94,6 +95,8 @@ class Upkeep:
                 )
             await self._holdings.fill(state)
             self._sealer.poke(state)
+            if full := state.no_room:
+                raise NoSpaceError(f"{path} of {state.ref} cannot be completed: {full}")
             if error := state.seal_error:
                 state.seal_error = None
                 raise error
