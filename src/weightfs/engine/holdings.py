@@ -185,21 +185,29 @@ class Holdings:
         if gone and self.pinned(state):
             await self._drop(_Owed(state, gone))
 
-    async def evict(self, state: BlobState, chunks: Iterable[int] | None, may: Callable[[], bool]) -> int:
-        """Take chunks out of the cache, and give back their room; None: all, and the file. The bytes freed on the disk.
+    async def settle(self) -> None:
+        """Commit what has landed: who is whole, and what is proven, is then known before something is evicted."""
+        await self._committer.flush()
 
+    async def evict(
+        self, state: BlobState, chunks: Iterable[int] | None, may: Callable[[], bool]
+    ) -> tuple[int, int]:
+        """Take chunks out of the cache, and give back their room; None: all, and the file.
+
+        Returns the bytes of chunks whose room is free now, and the bytes that the disk has more.
         Nothing happens unless `may()` when it begins. What was proven binds what lands there later, as after any drop.
         """
+        await self.settle()  # a proof that was not recorded yet would be gone with the chunks
         async with state.preparing:
             if not self.pinned(state) or not may():
-                return 0
+                return 0, 0
             if state.filling:  # else it would be fetched again at once
                 state.filling = False
                 self._fetcher.feed(plan.Fill(state.id, on=False))
             if chunks is not None:
                 owed = _Owed(state, [chunk for chunk in chunks if chunk in state.durable], _Way.PART)
                 await self._drop(owed)
-                return owed.freed
+                return owed.room, owed.freed
             owed, file = _Owed(state, list(state.present), _Way.WHOLE), state.file
             # Whatever begins before there is a new file opens none: no file has this identity.
             state.prepared, state.file = False, (0, 0)
@@ -207,7 +215,7 @@ class Holdings:
             await self._drop(owed)
             if state.file == (0, 0):
                 state.file = file  # the index could not be written, and the file stays
-            return owed.freed
+            return owed.room, owed.freed
 
     async def adopt(self, state: BlobState) -> None:
         """Believe of a known blob what the index was told since: a chunk list, and what that says of cached chunks.
@@ -287,7 +295,9 @@ class Holdings:
             chunks = list(state.shape.chunks)  # what was dropped before, and kept its room, is gone too
         elif owed.way is _Way.PART:
             state.whole = state.whole or freed is None
+        before = self._planner.holding(state.id)
         self._fetcher.feed(plan.Punched(state.id, chunks, freed=freed is not None))
+        owed.room = before - self._planner.holding(state.id)
 
     async def _punch_later(self, owed: _Owed) -> None:
         """Until it is done, the chunks are holes that nobody fills: index and file still have them."""
@@ -399,11 +409,12 @@ class _Way(enum.Enum):
 
 @dataclass(slots=True)
 class _Owed:
-    """Chunks that left memory and have to leave index and file. `freed`: bytes, once they have."""
+    """Chunks that left memory and have to leave index and file. Once they have: bytes of room and of disk set free."""
 
     state: BlobState
     chunks: list[int]
     way: _Way = _Way.KEEP
+    room: int = 0
     freed: int = 0
 
 

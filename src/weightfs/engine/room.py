@@ -194,7 +194,8 @@ class Room:
     async def _serve(self) -> None:
         """Evict for as long as something that matters does not fit, and somebody can go."""
         while wanted := self._wanted():
-            if not await self._evict(wanted):
+            # The second time, what turned out to have been whole in the meantime goes whole.
+            if not (await self._evict(wanted) or await self._evict(wanted)):
                 self._refuse()
                 return
         self._pause()
@@ -292,6 +293,7 @@ class Room:
         """Evict what is too old, and what is beyond the limits; or only say what."""
         await self._measure()
         async with self._evicting:
+            await self._holdings.settle()
             over = 0 if self.limit is None else max(0, self._planner.held_bytes - self.limit)
             found = self._plan(over)
             before = self.evicted_bytes
@@ -303,6 +305,7 @@ class Room:
 
     async def _evict(self, wanted: int) -> int:
         """Evict what is too old and, of the rest, `wanted` bytes if they can be had. The bytes that are free now."""
+        await self._holdings.settle()
         return sum(await self._carry_out(self._plan(wanted)))
 
     def _plan(self, wanted: int) -> EvictionPlan:
@@ -337,9 +340,7 @@ class Room:
 
         spans = eviction.chunks
         chunks = None if spans is None else [chunk for span in spans for chunk in span]
-        before = self._planner.held_bytes - self._planner.reserved_bytes
-        on_disk = await self._holdings.evict(state, chunks, may)
-        freed = max(0, before - (self._planner.held_bytes - self._planner.reserved_bytes))
+        freed, on_disk = await self._holdings.evict(state, chunks, may)
         if freed:
             self.evicted_bytes += freed
             self._log(eviction, state, freed, on_disk)
