@@ -183,6 +183,11 @@ class Engine:
                 else:
                     self._begin(state)
         self.on_change()
+        if known is not None and _move(known, manifest.revision) is Outcome.ROLLED_BACK:
+            log.warning(
+                "%s went back to an older digest: from %s to %s",
+                ref, known.manifest.revision, manifest.revision,
+            )  # fmt: skip
         await self._tidy()
         return manifest
 
@@ -190,12 +195,8 @@ class Engine:
         """Ask what a known ref is now, and follow it there. KeyError if it is unknown; else as `add`."""
         before = self._known(ref_text)
         await self.add(parse_ref(before.manifest.ref), refresh=True)
-        old, new = before.manifest.revision, self._known(ref_text).manifest.revision
-        outcome = Outcome.UNCHANGED if new == old else Outcome.UPDATED
-        if outcome is Outcome.UPDATED and new in before.previous:
-            outcome = Outcome.ROLLED_BACK
-            log.warning("%s went back to an older digest: from %s to %s", before.manifest.ref, old, new)
-        return RefUpdate(before.manifest.ref, old, new, outcome)
+        new = self._known(ref_text).manifest.revision
+        return RefUpdate(before.manifest.ref, before.manifest.revision, new, _move(before, new))
 
     async def browse(self, ref: Ref) -> None:
         """Let a ref be known because somebody looked at its path: as `add`, and nothing of it is fetched."""
@@ -366,6 +367,12 @@ class Engine:
         ):
             await self._committer.flush()
             await trio.sleep(0.01)
+
+
+def _move(before: StoredRef, revision: str) -> Outcome:
+    if revision == before.manifest.revision:
+        return Outcome.UNCHANGED
+    return Outcome.ROLLED_BACK if revision in before.previous else Outcome.UPDATED
 
 
 @asynccontextmanager
