@@ -149,6 +149,24 @@ async def test_removing_a_pinned_ref_takes_its_pin_along(
         assert [ref.pinned for ref in engine.status().refs] == [False, False]
 
 
+async def test_what_the_disk_loses_of_a_pinned_ref_comes_back(
+    repository: MemoryRepository, tmp_path: Path
+) -> None:
+    repository.push(REF, {"one": BIG[: 3 * MIB]}, digest="sha256")
+    async with running_engine(tmp_path / "cache", LAZY) as engine:
+        blob = (await engine.add(REF)).entries[0].blob.id
+        await engine.pin(str(REF), pinned=True)
+        await until_complete(engine, "one")
+    async with running_engine(tmp_path / "cache", LAZY) as engine:
+        with (tmp_path / "cache" / "blobs" / str(blob)).open("r+b") as file:
+            file.write(b"rot")
+        report = await engine.verify(str(REF), repair=False)
+        assert len(report.bad) == 1
+        await engine._holdings.drop_bad(engine._catalog.state(blob), [0])  # as a reader who meets it does
+        await until_complete(engine, "one")
+        assert engine.blob_status(blob).present_bytes == 3 * MIB
+
+
 async def test_a_full_disk_is_tried_again(
     repository: MemoryRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,9 @@ from weightfs.config import Config
 from weightfs.core.mirror_rules import PrefixRule
 from weightfs.core.plan import Limits
 from weightfs.core.ref import parse_ref
-from weightfs.engine.homes import home_of
 from weightfs.engine.settings import EngineSettings, FillMode, default_workers
 from weightfs.errors import RefError, UsageError
+from weightfs.sources import home_of
 from weightfs.sources.base import FetchSettings
 
 # Of a command that somebody watches: it gives up where a mount goes on trying for as long as a reader waits.

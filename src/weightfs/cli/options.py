@@ -151,6 +151,7 @@ def set_up_logging(config: Config, file: Path | None = None) -> None:
 
 def parse_refs(texts: tuple[str, ...]) -> list[Ref]:
     """The refs that were typed, each once. RefError; of a relative path of a file it says how to write it."""
+    from weightfs.core.names import identity
     from weightfs.core.ref import parse_ref
 
     refs: dict[str, Ref] = {}
@@ -162,7 +163,7 @@ def parse_refs(texts: tuple[str, ...]) -> list[Ref]:
             if "://" not in text and path.is_file():
                 raise RefError(f"{text} is a relative path; write file://{path.absolute()}") from None
             raise
-        refs[str(ref)] = ref
+        refs[identity(str(ref))] = ref
     return list(refs.values())
 
 

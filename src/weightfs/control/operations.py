@@ -85,7 +85,10 @@ class EngineOperations:
     async def update(self, ref: str) -> Document:
         """Follow a tag."""
         name = self._stored(_canonical(ref)).manifest.ref
-        found = await _in_time(name, self._engine.update(name))
+        try:
+            found = await _in_time(name, self._engine.update(name))
+        except KeyError:
+            raise self._unknown(name) from None
         return {
             "ref": found.ref,
             "old_revision": found.old_revision,
@@ -97,7 +100,10 @@ class EngineOperations:
     async def pin(self, ref: str, *, pinned: bool) -> Document:
         """Keep whole, or no longer."""
         name = self._stored(_canonical(ref)).manifest.ref
-        await self._engine.pin(name, pinned=pinned)
+        try:
+            await self._engine.pin(name, pinned=pinned)
+        except KeyError:
+            raise self._unknown(name) from None
         return self._ref_document(self._stored(name))
 
     async def remove(self, ref: str) -> Document:
@@ -145,7 +151,10 @@ class EngineOperations:
         for stored in self._engine.refs():
             if identity(stored.manifest.ref) == identity(name):
                 return stored
-        raise RefError(f"{name} is not in the cache {self._info.cache}; `weightfs ls` lists what is")
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> RefError:
+        return RefError(f"{name} is not in the cache {self._info.cache}; `weightfs ls` lists what is")
 
     def _progress(self, names: Sequence[str]) -> Document:
         documents = [

@@ -28,7 +28,6 @@ from weightfs.engine.committer import Committer
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
 from weightfs.engine.holdings import Holdings
-from weightfs.engine.homes import home_of
 from weightfs.engine.keeping import Keeper
 from weightfs.engine.reader import Reader
 from weightfs.engine.report import describe_jobs, describe_refs
@@ -48,7 +47,7 @@ from weightfs.engine.status import (
 from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError
-from weightfs.sources import open_source
+from weightfs.sources import home_of, open_source
 from weightfs.sources.base import Source
 from weightfs.store.cache import Cache, StoredRef
 
@@ -178,6 +177,11 @@ class Engine:
                 else:
                     self._begin(state)
         self.on_change()
+        if known is not None and _move(known, manifest.revision) is Outcome.ROLLED_BACK:
+            log.warning(
+                "%s went back to an older digest: from %s to %s",
+                ref, known.manifest.revision, manifest.revision,
+            )  # fmt: skip
         await self._tidy()
         return manifest
 
@@ -185,12 +189,8 @@ class Engine:
         """Ask what a known ref is now, and follow it there. KeyError if it is unknown; else as `add`."""
         before = self._known(ref_text)
         await self.add(parse_ref(before.manifest.ref), refresh=True)
-        old, new = before.manifest.revision, self._known(ref_text).manifest.revision
-        outcome = Outcome.UNCHANGED if new == old else Outcome.UPDATED
-        if outcome is Outcome.UPDATED and new in before.previous:
-            outcome = Outcome.ROLLED_BACK
-            log.warning("%s went back to an older digest: from %s to %s", before.manifest.ref, old, new)
-        return RefUpdate(before.manifest.ref, old, new, outcome)
+        new = self._known(ref_text).manifest.revision
+        return RefUpdate(before.manifest.ref, before.manifest.revision, new, _move(before, new))
 
     async def browse(self, ref: Ref) -> None:
         """Let a ref be known because somebody looked at its path: as `add`, and nothing of it is fetched."""
@@ -379,6 +379,12 @@ class Engine:
         ):
             await self._committer.flush()
             await trio.sleep(0.01)
+
+
+def _move(before: StoredRef, revision: str) -> Outcome:
+    if revision == before.manifest.revision:
+        return Outcome.UNCHANGED
+    return Outcome.ROLLED_BACK if revision in before.previous else Outcome.UPDATED
 
 
 @asynccontextmanager
