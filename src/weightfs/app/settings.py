@@ -98,6 +98,9 @@ def engine_settings(
         policy=config.policy,
         read_timeout=config.read_timeout,
         readahead_bytes=config.readahead,
+        max_bytes=config.max_size,
+        min_free_bytes=config.min_free,
+        max_age=config.max_age,
         commit_bytes=config.commit_size,
         commit_seconds=config.commit_interval,
     )

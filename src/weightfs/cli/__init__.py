@@ -8,6 +8,7 @@ import click
 
 import weightfs
 from weightfs.cli.adding import add, pin, unpin, update
+from weightfs.cli.cleaning import gc
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
 from weightfs.cli.keeping import rm, verify
 from weightfs.cli.looking import ls, status
@@ -52,7 +53,7 @@ def cli() -> None:
     """
 
 
-for command in (mount, umount, add, pull, update, pin, unpin, status, ls, verify, rm, publish):
+for command in (mount, umount, add, pull, update, pin, unpin, status, ls, verify, gc, rm, publish):
     cli.add_command(command)
 
 

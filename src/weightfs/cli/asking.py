@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -50,6 +51,7 @@ def ask(
         config = config.model_copy(update={"workers": 0})
     fetch = fetch_settings(config, chunks=ctx.params.get("chunks"))
     settings = engine_settings(config, fetch, mounted=False, fill=FillMode.NEVER)
+    settings = replace(settings, tidies=fetches)  # who only looks changes nothing
     results: list[T] = []
 
     async def run() -> None:

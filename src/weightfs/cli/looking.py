@@ -95,6 +95,7 @@ def status_lines(document: Document) -> list[str]:
         head = f"weightfs {document['role']} is at work (pid {document['pid']})"
     held = f"{format_size(document['cache_bytes'])} in {len(document['refs'])} refs"
     lines = [head, f"cache {document['cache']}: {held}, {format_size(document['free_bytes'])} free"]
+    lines += _limit_lines(document)
     if document["fetched_bytes"]:
         lines.append(f"fetched {format_size(document['fetched_bytes'])} since the start")
     for count, text in (
@@ -117,6 +118,19 @@ def status_lines(document: Document) -> list[str]:
             f"  in flight: chunks {job['first_chunk']} to {job['last_chunk']} from {job['mirror']}, "
             f"{format_size(job['bytes_left'])} left, for {format_duration(job['age'])} ({job['priority']})"
         )
+    return lines
+
+
+def _limit_lines(document: Document) -> list[str]:
+    """What the cache may hold, and what went for it."""
+    from weightfs.units import format_size
+
+    lines = []
+    if document["limit_bytes"] is not None:
+        held, limit = format_size(document["held_bytes"]), format_size(document["limit_bytes"])
+        lines.append(f"holds {held} of at most {limit}")
+    if document["evicted_bytes"]:
+        lines.append(f"evicted {format_size(document['evicted_bytes'])} since the start")
     return lines
 
 

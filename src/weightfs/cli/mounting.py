@@ -14,6 +14,7 @@ from weightfs.cli.options import (
     cache_options,
     fetch_options,
     given_settings,
+    limit_options,
     load_config,
     parse_refs,
     set_up_logging,
@@ -60,6 +61,7 @@ DAEMON_END: Final = 20.0  # seconds
     help="Let the path of a model be enough to ask for it.  [default: no-browse]",
 )
 @click.option("-d", "--detach", is_flag=True, help="Run in the background; return when the mount serves.")
+@limit_options
 @fetch_options
 @cache_options
 @click.pass_context

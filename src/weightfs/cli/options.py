@@ -24,11 +24,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Parameter names that are not named like their setting.
 _KEYS: Final = {"trusted_key": "trusted-keys", "private_host": "private-hosts"}
-# Settings that decide how origins are asked: a daemon has its own.
+# Settings that decide how origins are asked, and what the cache may hold: a daemon has its own.
 FETCH_KEYS: Final = (
     "retry", "retry-delay", "timeout", "connect-timeout", "stall-timeout", "proxy", "header", "ca-file",
     "private-hosts", "trusted-keys", "policy", "workers", "max-jobs", "hf-endpoint", "hf-token-file",
-    "registry-auth-file",
+    "registry-auth-file", "max-size", "min-free", "max-age",
 )  # fmt: skip
 
 
@@ -98,6 +98,16 @@ fetch_options = _stack(
         "--workers", metavar="N", help="Fetch worker processes; 0: none.  [default: cores, at most 4]"
     ),
     click.option("--max-jobs", metavar="N", help="Requests in flight.  [default: 32]"),
+)
+
+limit_options = _stack(
+    click.option("--max-size", metavar="SIZE", help="What the cache may hold.  [default: no limit]"),
+    click.option(
+        "--min-free",
+        metavar="SIZE",
+        help="What its filesystem has to keep free; 0: nothing.  [default: 1 %, at most 1 GiB]",
+    ),
+    click.option("--max-age", metavar="S", help="Evict what was not used for so long.  [default: no limit]"),
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
@@ -177,6 +187,6 @@ def refuse_for_daemon(ctx: click.Context) -> None:
     if given:
         names = ", ".join(f"--{key.removesuffix('s') if key in _KEYS.values() else key}" for key in given)
         raise UsageError(
-            f"a daemon has this cache and fetches with its own settings, so {names} would be ignored; "
+            f"a daemon has this cache and works with its own settings, so {names} would be ignored; "
             "set it for the daemon, or unmount first"
         )

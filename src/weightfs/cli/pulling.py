@@ -12,6 +12,7 @@ from weightfs.cli.options import (
     cache_options,
     fetch_options,
     json_option,
+    limit_options,
     load_config,
     parse_refs,
     refuse_for_daemon,
@@ -47,6 +48,7 @@ OWNERS: Final = 5
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @json_option
+@limit_options
 @fetch_options
 @cache_options
 @click.pass_context

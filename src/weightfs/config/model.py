@@ -24,11 +24,12 @@ from weightfs.config.values import (
     seconds,
     size,
 )
-from weightfs.core.geometry import GIB, MIB
+from weightfs.core.geometry import GIB, MAX_BLOB_SIZE, MIB
 from weightfs.core.manifest import Policy
 from weightfs.errors import ConfigError
 from weightfs.logs import LogLevel
 
+PIB = MAX_BLOB_SIZE
 Timeout = Annotated[float, seconds(0.1, 3600)]
 
 
@@ -108,6 +109,10 @@ class Config(Section):
     read_timeout: Annotated[float, seconds(1, 30 * 86_400, zero=True)] = 600.0
     policy: Policy = Policy.PROVISIONAL
     trusted_keys: tuple[TrustedKey, ...] = Field(default=(), max_length=64)
+    # limits of the cache
+    max_size: Annotated[int, size(MIB, PIB)] | None = None
+    min_free: Annotated[int, size(0, PIB)] | None = None  # None: 1 % of the filesystem, at most 1 GiB
+    max_age: Annotated[float, seconds(60, 3650 * 86_400)] | None = None
     # fetching
     workers: Annotated[int, count(0, 64)] | None = None
     max_jobs: Annotated[int, count(1, 512)] = 32

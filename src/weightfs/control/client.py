@@ -65,6 +65,12 @@ class ControlClient:
         """Forget."""
         return await _ask(self._http, self._cache, "DELETE", "/v1/refs", {"ref": ref}, timeout=REMOVE_TIMEOUT)
 
+    async def gc(self, *, dry_run: bool) -> Document:
+        """Evict."""
+        return await _ask(
+            self._http, self._cache, "POST", "/v1/gc", {"dry_run": dry_run}, timeout=REMOVE_TIMEOUT
+        )
+
     async def start_fill(self, ref: str) -> Document:
         """Begin to complete."""
         return await _ask(self._http, self._cache, "POST", "/v1/fill", {"ref": ref})

@@ -112,6 +112,11 @@ class EngineOperations:
         freed = await self._engine.remove(stored.manifest.ref)
         return {"ref": stored.manifest.ref, "freed_bytes": freed}
 
+    async def gc(self, *, dry_run: bool) -> Document:
+        """Evict what is too old or beyond the limits."""
+        document: Document = to_json(await self._engine.gc(dry_run=dry_run))
+        return document
+
     async def start_fill(self, ref: str) -> Document:
         """Complete and seal."""
         name = self._stored(_canonical(ref)).manifest.ref

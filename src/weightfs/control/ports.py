@@ -134,6 +134,10 @@ class EngineLike(Protocol):
         """One blob."""
         ...
 
+    async def gc(self, *, dry_run: bool) -> object:
+        """Evict what is too old or beyond the limits, or only say what: `engine.status.GcReport`."""
+        ...
+
     async def complete(self, ref_text: str, /) -> None:
         """Return when every blob of the ref is complete and sealed. KeyError, ReadError, IntegrityError."""
         ...
@@ -178,6 +182,10 @@ class Operations(Protocol):
 
     async def remove(self, ref: str) -> Document:
         """Forget `ref`, and drop the blobs that no other ref names: `{ref, freed_bytes}`."""
+        ...
+
+    async def gc(self, *, dry_run: bool) -> Document:
+        """Evict what is too old or beyond the limits, or only say what: the fields of `engine.status.GcReport`."""
         ...
 
     async def start_fill(self, ref: str) -> Document:

@@ -94,6 +94,7 @@ def make_app(operations: Operations) -> Starlette:
             ("DELETE", "/v1/refs", _remove),
             ("POST", "/v1/update", _update),
             ("POST", "/v1/pin", _pin),
+            ("POST", "/v1/gc", _gc),
             ("POST", "/v1/fill", _fill),
             ("POST", "/v1/verify", _verify),
             ("GET", "/v1/jobs/{job}", _job),
@@ -133,6 +134,10 @@ async def _pin(operations: Operations, request: Request) -> Document:
 
 async def _remove(operations: Operations, request: Request) -> Document:
     return await operations.remove(_text(await _body(request), "ref"))
+
+
+async def _gc(operations: Operations, request: Request) -> Document:
+    return await operations.gc(dry_run=_flag(await _body(request), "dry_run"))
 
 
 async def _fill(operations: Operations, request: Request) -> Document:

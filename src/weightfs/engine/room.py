@@ -114,14 +114,18 @@ class Room:
             now = trio.current_time()
             if now >= self._measured + SPACE_SECONDS:
                 await self._measure()
-            async with self._evicting:
-                if self._settings.max_age is not None and now >= self._aged + AGE_SECONDS:
-                    self._aged = now
-                    await self._evict(0)
-                await self._serve()
+            if self._settings.tidies:
+                await self._tidy(now)
             if now >= self._noted + USE_SECONDS:
                 self._noted = now
                 await self.note_uses()
+
+    async def _tidy(self, now: float) -> None:
+        async with self._evicting:
+            if self._settings.max_age is not None and now >= self._aged + AGE_SECONDS:
+                self._aged = now
+                await self._evict(0)
+            await self._serve()
 
     def poke(self) -> None:
         """Something does not fit, or somebody may go who could not before."""

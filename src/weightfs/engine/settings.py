@@ -43,6 +43,7 @@ class EngineSettings:
     max_bytes: int | None = None  # what chunks may take
     min_free_bytes: int | None = 0  # what the cache's filesystem has to keep free
     max_age: float | None = None  # seconds: what was not used for longer is evicted
+    tidies: bool = True  # by itself, not only when `gc` is asked for
     commit_bytes: int = 16 * MIB  # so much landed, or `commit_seconds` after the first, makes a commit
     commit_seconds: float = 1.0
     worker_buffer_bytes: int = 32 * MIB  # chunk buffers of one worker; a single chunk may exceed it

@@ -159,6 +159,13 @@ class FakeControlEngine:
         self._fail()
         return self.report
 
+    async def gc(self, *, dry_run: bool) -> dict[str, Any]:
+        """Nothing to evict."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        sizes = dict.fromkeys(("freed_bytes", "missing_bytes", "held_bytes"), 0)
+        return {"dry_run": dry_run, "evicted": [], "limit_bytes": None, **sizes}
+
     def status(self) -> dict[str, Any]:
         """A small part of the engine's."""
         self._fail()
