@@ -252,6 +252,9 @@ STATUS = {
     "uptime": 90.0,
     "cache": "/c",
     "cache_bytes": 2**20,
+    "held_bytes": 2**20,
+    "limit_bytes": 2**22,
+    "evicted_bytes": 2**21,
     "free_bytes": 2**30,
     "fetched_bytes": 2**20,
     "mismatched_chunks": 1,
@@ -284,6 +287,8 @@ def test_the_status_for_people() -> None:
     lines = status_lines(STATUS)
     assert lines[0] == "serving /mnt (pid 7, for 1m30s)"
     assert "trouble: the disk is full" in lines
+    assert "holds 1.0 MiB of at most 4.0 MiB" in lines
+    assert "evicted 2.0 MiB since the start" in lines
     assert any("99%" in line and REF in line for line in lines), "never 100 % before it is complete"
     assert "  m.gguf: 2 readers wait" in lines
     assert "  https://h/m: 3 faults, 1 wrong chunks, 1.0 MiB/s" in lines
@@ -293,6 +298,8 @@ def test_the_status_for_people() -> None:
 def test_an_idle_cache_and_a_command_at_work() -> None:
     assert status_lines({**STATUS, "role": "status", "refs": []})[0] == "idle: no daemon has this cache"
     assert status_lines({**STATUS, "role": "pull"})[0] == "weightfs pull is at work (pid 7)"
+    unlimited = status_lines({**STATUS, "limit_bytes": None, "evicted_bytes": 0})
+    assert not any("at most" in line or "evicted" in line for line in unlimited)
 
 
 def test_columns() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,14 +18,14 @@ import trio
 from weightfs.core.geometry import MIB, ByteSpan
 from weightfs.core.manifest import BlobId, Policy, Trust
 from weightfs.core.plan import Limits
-from weightfs.core.ref import Ref
+from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine import committer, holdings, seal
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import CacheError, DiskFault, FailureKind, NoSpaceError, ReadError
 from weightfs.store.cache import Cache
 from weightfs.testing.engines import running_engine
-from weightfs.testing.origin import Origin
+from weightfs.testing.origin import Origin, OriginFile, open_origin
 from weightfs.testing.published import CHUNK, bytes_asked, published_origin, sample
 
 SIZE = 24 * CHUNK + 123
@@ -398,6 +399,58 @@ async def test_a_full_disk_fails_clearly_and_heals_when_there_is_room(small_disk
                     break
             assert engine.blob_status(blob).trust == Trust.VERIFIED
             assert await engine.read(blob, ByteSpan(0, len(data))) == data
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+async def test_a_full_disk_has_the_least_recently_used_evicted_and_nobody_is_told(
+    small_disk: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No limit is set: what the disk says itself is enough."""
+    old, new = sample(12 * MIB, 4), sample(12 * MIB, 5)
+    settings = replace(LAZY, workers=workers, commit_bytes=MIB)
+    async with (
+        open_origin({"/old": old, "/new": new}) as origin,
+        running_engine(small_disk, settings) as engine,
+    ):
+        refs = [
+            parse_ref(f"{origin.url(name)}#sha256={hashlib.sha256(data).hexdigest()}")
+            for name, data in (("old", old), ("new", new))
+        ]
+        with trio.fail_after(2 * SECONDS):
+            blobs = [(await engine.add(ref)).entries[0].blob.id for ref in refs]
+            await engine.complete(str(refs[0]))
+            await engine.complete(str(refs[1]))
+            assert engine.blob_status(blobs[0]).present_bytes == 0
+            assert engine.status().evicted_bytes == len(old)
+            assert await engine.read(blobs[1], ByteSpan(0, len(new))) == new
+            assert "cannot be fetched for now" not in caplog.text
+            # And the other way round, for a reader.
+            assert await engine.read(blobs[0], ByteSpan(0, len(old))) == old
+
+
+async def test_an_index_that_is_full_once_has_something_evicted_and_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = sample(8 * CHUNK, 6)
+    async with opened(tmp_path / "cache") as (engine, origin, ref, blob):
+        origin.files["/old"] = OriginFile(old)
+        other = (await engine.add(parse_ref(origin.url("old")))).entries[0].blob.id
+        assert await engine.read(other, ByteSpan(0, len(old))) == old
+        await engine.quiet()
+        failing = Failing(monkeypatch, "commit", FULL)
+        evicted: list[BlobId] = []
+        evict = Cache.evict
+
+        def noting(self: Cache, blob: BlobId, chunks: object = None) -> int | None:
+            failing.error = None  # there is room now
+            evicted.append(blob)
+            return evict(self, blob, chunks)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Cache, "evict", noting)
+        await engine.complete(str(ref))
+        assert evicted == [other]
+        assert "cannot be fetched for now" not in caplog.text
+        await read_all(engine, blob)
 
 
 async def serve_what_is_cached(engine: Engine, blob: BlobId, data: bytes) -> None:

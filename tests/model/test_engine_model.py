@@ -315,6 +315,26 @@ class EngineMachine(RuleBasedStateMachine):
     def commits_fail(self, count: int) -> None:
         self.world.failing_commits += count
 
+    @rule(name=NAMES, chunks=st.none() | st.sets(st.integers(0, 11), min_size=1), reading=st.booleans())
+    def evict_to_the_disk(self, name: str, chunks: set[int] | None, reading: bool) -> None:
+        async def evict() -> None:
+            engine = self.engine
+            state = state_of(engine, name)
+            async with trio.open_nursery() as nursery:
+                if reading:
+                    nursery.start_soon(self.read, name, 0, 20 * CHUNK)
+                await engine._holdings.evict(state, chunks, lambda: not engine._planner.busy(state.id))
+
+        self.loop.call(evict)
+
+    @rule(chunks=st.integers(0, 20))
+    def limit(self, chunks: int) -> None:
+        async def limit() -> None:
+            self.engine._room._settings = replace(self.life.settings, max_bytes=chunks * CHUNK)
+            await self.engine.gc()
+
+        self.loop.call(limit)
+
     @rule(name=NAMES, chunks=st.sets(st.integers(0, 11), min_size=1))
     def evict(self, name: str, chunks: set[int]) -> None:
         async def drop() -> None:
@@ -418,6 +438,8 @@ class EngineMachine(RuleBasedStateMachine):
             for state in engine._catalog.states():
                 if state.present_bytes != state.present.byte_count(state.shape):
                     problems.append(f"{state.ref}: wrong present_bytes")
+                if state.may_be_passed and not engine._cache.progress(state.id).use.whole:
+                    problems.append(f"{state.ref}: may be passed through, and its file could be punched")
                 problems += [
                     f"{state.ref}: {c} durable, not visible" for c in state.durable if c not in state.present
                 ]
@@ -438,6 +460,8 @@ class EngineMachine(RuleBasedStateMachine):
             shutil.rmtree(self.home)
 
     async def in_the_end_all_is_well(self) -> None:
+        self.engine._room._settings = self.life.settings
+        await self.engine._room._measure()
         for name, data in DATA.items():
             while True:
                 try:
