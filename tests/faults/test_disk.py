@@ -406,7 +406,7 @@ async def test_a_full_disk_has_the_least_recently_used_evicted_and_nobody_is_tol
     small_disk: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No limit is set: what the disk says itself is enough."""
-    old, new = sample(12 * MIB, 4), sample(12 * MIB, 5)
+    old, new = sample(7 * MIB, 4), sample(7 * MIB, 5)
     settings = replace(LAZY, workers=workers, commit_bytes=MIB)
     async with (
         open_origin({"/old": old, "/new": new}) as origin,
