@@ -50,9 +50,7 @@ def mounted(shelf: Path) -> Iterator[FakeMount]:
             "none": ["all", 9, 9],
         }
         archive = {"all": str(shelf / "archive")}
-        server.call(
-            "put", ref="oci://tar", files=archive, slices={**slices, "whole": ["all", 0, 2_500_000]}
-        )
+        server.call("put", ref="oci://tar", files=archive, slices={**slices, "whole": ["all", 0, 2_500_000]})
         yield server
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -227,20 +227,29 @@ class FakeMount:
             str(self.mountpoint),
             *map(str, arguments),
         ]
-        client = subprocess.Popen(  # noqa: S603 - our own interpreter
-            command,
+        return self.command(command, talk=talk)
+
+    def command(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, talk: bool = False
+    ) -> subprocess.Popen[str]:
+        """Start any program; `close` will kill it if it still runs."""
+        client = subprocess.Popen(  # noqa: S603 - the test's own
+            argv,
             stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=env,
         )
         self._clients.append(client)
         return client
 
-    def finish(self, client: subprocess.Popen[str], say: str | None = None) -> str:
+    def finish(
+        self, client: subprocess.Popen[str], say: str | None = None, *, deadline: float = DEADLINE
+    ) -> str:
         """Wait for a client, `say` something to it first; what it printed. AssertionError if it fails or hangs."""
         try:
-            out, err = client.communicate(say, timeout=DEADLINE)
+            out, err = client.communicate(say, timeout=deadline)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"a client hangs\n{self.log}") from None
         assert client.returncode == 0, f"exit {client.returncode}: {err}\n{self.log}"
