@@ -25,8 +25,6 @@ class Status(Protocol):
     @property
     def complete(self) -> bool: ...  # noqa: D102 - every chunk is cached
     @property
-    def sha256(self) -> str: ...  # noqa: D102 - 64 hex digits, or "" where no origin publishes it
-    @property
     def sources(self) -> Sequence[str]: ...  # noqa: D102 - URLs without secrets
     @property
     def mtime(self) -> int: ...  # noqa: D102 - seconds since 1970

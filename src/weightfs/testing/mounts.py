@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -87,7 +87,8 @@ def until(condition: Callable[[], object], what: str) -> None:
 class FakeMount:
     """A served mount. Files are given as `{name: size}`; see `FakeEngine`. Use as a context manager.
 
-    `sabotage` is Python that the server runs before it serves.
+    `sabotage` is Python that the server runs before it serves. With `every_layout` there are the trees of all three
+    layouts, else `models` alone.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class FakeMount:
         ordinary_user: bool = False,
         options: dict[str, object] | None = None,
         rounds: int = 1,
+        every_layout: bool = False,
     ) -> None:
         self.mountpoint = mountpoint
         self._clients: list[subprocess.Popen[str]] = []
@@ -115,6 +117,7 @@ class FakeMount:
                 "sabotage": sabotage,
                 "options": options or {},
                 "rounds": rounds,
+                "every_layout": every_layout,
             }
         )
         command = ["-m", "weightfs.testing.mounts", config]
@@ -224,20 +227,29 @@ class FakeMount:
             str(self.mountpoint),
             *map(str, arguments),
         ]
-        client = subprocess.Popen(  # noqa: S603 - our own interpreter
-            command,
+        return self.command(command, talk=talk)
+
+    def command(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, talk: bool = False
+    ) -> subprocess.Popen[str]:
+        """Start any program; `close` will kill it if it still runs."""
+        client = subprocess.Popen(  # noqa: S603 - the test's own
+            argv,
             stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=env,
         )
         self._clients.append(client)
         return client
 
-    def finish(self, client: subprocess.Popen[str], say: str | None = None) -> str:
+    def finish(
+        self, client: subprocess.Popen[str], say: str | None = None, *, deadline: float = DEADLINE
+    ) -> str:
         """Wait for a client, `say` something to it first; what it printed. AssertionError if it fails or hangs."""
         try:
-            out, err = client.communicate(say, timeout=DEADLINE)
+            out, err = client.communicate(say, timeout=deadline)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"a client hangs\n{self.log}") from None
         assert client.returncode == 0, f"exit {client.returncode}: {err}\n{self.log}"
@@ -317,8 +329,8 @@ class _Server:
     async def _serve(self) -> dict[str, Any]:
         import trio
 
+        from weightfs.app.daemon import LAYOUTS
         from weightfs.errors import MountError
-        from weightfs.layouts.models import ModelsLayout
         from weightfs.mount.serve import serve
         from weightfs.mount.session import MountOptions
 
@@ -332,7 +344,7 @@ class _Server:
 
             async def life(task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED) -> None:
                 where = Path(self.config["mountpoint"])
-                layouts = [ModelsLayout()]
+                layouts = LAYOUTS if self.config["every_layout"] else LAYOUTS[:1]
                 try:
                     await serve(
                         where, self.engine, layouts, options, stats=self.stats, task_status=task_status
@@ -377,8 +389,12 @@ class _Server:
                         _say({"failed": repr(error)})
 
     def command(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """`stats`; a method of the engine; `set` (fields of a file); `busy` (how long each heartbeat blocks)."""
+        """`stats`; a method of the engine; `set` (fields of a file); `busy` (how long each heartbeat blocks).
+
+        `put` takes what `shelf.take` reads, and `present`.
+        """
         from weightfs.errors import FailureKind
+        from weightfs.testing.shelf import take
 
         match do:
             case "stats":
@@ -398,6 +414,9 @@ class _Server:
                 self.engine.fail(arguments["name"], None if kind is None else FailureKind(kind), chunk)
             case "add":
                 self.engine.add(arguments["files"].items(), present=arguments.get("present", 0.0))
+            case "put":
+                shelved = take(arguments)
+                self.engine.put(shelved.manifest, shelved.contents, present=arguments.get("present", 0.0))
             case "remove" | "hold" | "let_go" | "complete" | "spoil":
                 getattr(self.engine, do)(arguments["name"])
             case _:
