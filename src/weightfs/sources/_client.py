@@ -14,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import random
+import re
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ MAX_REDIRECTS = 8
 RETRY_DELAY_CAP = 30.0
 DRAIN_BYTES = 16 * 1024  # the body of a redirect or error worth reading to keep its connection
 USER_AGENT = f"weightfs/{__version__}"
+
+_HTTP = re.compile("https?://")
 
 Headers = Sequence[tuple[str, str]]
 
@@ -99,8 +102,8 @@ class HttpClient:
         self._context: ssl.SSLContext | None = None
         self._transports: dict[str | None, BulkTransport] = {}
         # Origins that get `settings.headers`: those configured, and those of the refs that were resolved
-        # here.
-        self._homes = {_rules.origin_of(url) for url in settings.header_origins}
+        # here. Refs of registries (hf://, ollama://) are named there too, and are no URLs.
+        self._homes = {_rules.origin_of(url) for url in settings.header_origins if _HTTP.match(url)}
 
     def own(self, url: str) -> None:
         """Let the user's headers go to the origin of `url`, the ref's own."""
