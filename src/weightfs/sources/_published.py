@@ -12,7 +12,6 @@ Rules:
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -155,17 +154,6 @@ def revision_of(blob: Blob) -> str:
         return f"sha256:{blob.sha256.hex()}"
     validator = next((mirror.validator for mirror in blob.mirrors if mirror.validator), "")
     return validator or f"size:{blob.size}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by name or address (W3C Secure Contexts, section 3.1)."""
-    host = host.strip("[]").lower().rstrip(".")
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_policy(label: str, published: Published | None, digest: bytes | None, policy: Policy) -> None:

@@ -263,7 +263,7 @@ def _means_none(error: SourceError) -> bool:
 def is_secure(url: str, reply: Reply) -> bool:
     """Whether nobody between the origin and here can have changed the reply."""
     asked = httpx.URL(url)
-    return all(place.scheme == "https" or _published.is_loopback(place.host) for place in (asked, reply.url))
+    return all(place.scheme == "https" or _rules.is_loopback(place.host) for place in (asked, reply.url))
 
 
 def without_private(own: str, mirrors: tuple[Mirror, ...]) -> tuple[Mirror, ...]:
@@ -272,7 +272,7 @@ def without_private(own: str, mirrors: tuple[Mirror, ...]) -> tuple[Mirror, ...]
     def private(url: str) -> bool:
         host = httpx.URL(url).host
         literal = literal_address(host)
-        return _published.is_loopback(host) or (literal is not None and is_private(literal))
+        return _rules.is_loopback(host) or (literal is not None and is_private(literal))
 
     if private(own):
         return mirrors
