@@ -1,7 +1,7 @@
 """The engine: what the mount, the control socket and the command line see of weightfs.
 
-Rules: one trio run. Everything but the `async` methods answers from memory; of the `async` ones, only `add`, `complete`
-and `verify` may wait for longer than `read_timeout`.
+Rules: one trio run. Everything but the `async` methods answers from memory; of the `async` ones, only `add`,
+`complete`, `verify`, and `details` and `tensor_map` of many files, may wait for longer than `read_timeout`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -25,8 +26,10 @@ from weightfs.engine.blobs import BlobState
 from weightfs.engine.catalog import Catalog
 from weightfs.engine.causes import one_cause
 from weightfs.engine.committer import Committer
+from weightfs.engine.details import Details, RefDetails
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
+from weightfs.engine.headers import Headers
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.reader import Reader
 from weightfs.engine.report import describe_jobs, describe_refs
@@ -43,6 +46,7 @@ from weightfs.store.cache import Cache, StoredRef
 log = logging.getLogger(__name__)
 
 SPACE_SECONDS = 5.0  # how old `statfs` may be
+HEADERS_SECONDS = 60.0  # how long `headers_ready` waits
 
 
 class Engine:
@@ -74,6 +78,8 @@ class Engine:
             self._hasher, self._committer, self._holdings, lambda: self._planner.waiting() > 0
         )
         self._reader = Reader(cache, self._planner, self._fetcher, self._holdings, settings, nursery)
+        self._headers = Headers(self._catalog, self._reader, nursery)
+        self._details = Details(self._headers)
         self._upkeep = Upkeep(
             self._catalog, self._planner, self._fetcher, self._holdings, self._hasher, self._sealer
         )
@@ -147,14 +153,19 @@ class Engine:
         """What is pinned, and since when."""
         return self._catalog.refs()
 
-    async def add(self, ref: Ref, *, refresh: bool = False) -> Manifest:
+    async def add(self, ref: Ref, *, refresh: bool = False, headers: bool = True) -> Manifest:
         """Pin a ref and show it. A pinned one is served from the index without asking anybody, unless `refresh`.
 
+        With `headers`, small files and headers that are not cached are then fetched in the background.
         SourceError, ChunkListError, SignatureError, CacheError.
         """
         known = self._catalog.manifest(str(ref))
-        if known is not None and not refresh:
-            return known
+        manifest = known if known is not None and not refresh else await self._resolve(ref)
+        if headers:
+            self._headers.start(manifest)
+        return manifest
+
+    async def _resolve(self, ref: Ref) -> Manifest:
         if ref.scheme not in self._sources:
             # In a thread: the first time it imports, for longer than the readers should wait for the loop.
             source = await trio.to_thread.run_sync(open_source, ref.scheme, self.settings.fetch)
@@ -177,6 +188,26 @@ class Engine:
                     self._begin(state)
         self.on_change()
         await self._tidy()
+        return manifest
+
+    async def headers_ready(self, ref_text: str, *, within: float = HEADERS_SECONDS) -> bool:
+        """Wait until what `add` fetches in the background is there, or was given up. False: it took too long."""
+        with trio.move_on_after(within) as scope:
+            await self._headers.ready(ref_text)
+        return not scope.cancelled_caught
+
+    async def details(self, ref_text: str, *, fetch: bool = False) -> RefDetails:
+        """What its cached headers say about a ref; with `fetch`, those that are missing are fetched. KeyError."""
+        return await self._details.details(self._pinned(ref_text), fetch=fetch)
+
+    async def tensor_map(self, ref_text: str, *, layers: bool = False, fetch: bool = False) -> dict[str, Any]:
+        """Where the tensors of a ref lie and how much of each is cached, as plain values. KeyError."""
+        return await self._details.tensor_map(self._pinned(ref_text), layers=layers, fetch=fetch)
+
+    def _pinned(self, ref_text: str) -> Manifest:
+        manifest = self._catalog.manifest(ref_text)
+        if manifest is None:
+            raise KeyError(ref_text)
         return manifest
 
     async def remove(self, ref_text: str) -> int:
@@ -321,6 +352,7 @@ class Engine:
             and self._pool.jobs == 0
             and not self._committer.pending
             and self._sealer.idle
+            and not self._headers.busy
         ):
             await self._committer.flush()
             await trio.sleep(0.01)
