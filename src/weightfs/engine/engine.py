@@ -172,9 +172,7 @@ class Engine:
             self._sources.setdefault(ref.scheme, source)
         manifest = await self._sources[ref.scheme].resolve(ref)
         self._pool.own(ref.url)
-        if self.settings.policy is Policy.HOLD and any(
-            entry.blob.sha256 is None for entry in manifest.entries
-        ):
+        if self.settings.policy is Policy.HOLD and any(not entry.blob.digest for entry in manifest.entries):
             raise IntegrityError(
                 f"{manifest.ref} has no digest to be verified with, and policy hold would wait for ever; "
                 "add #sha256=<hex> to the ref, publish a .meta4, or use --policy provisional"

@@ -42,6 +42,7 @@ def _describe(path: str, state: BlobState, planner: Planner, now: float) -> File
         trust=state.trust.value,
         policy=state.policy.value,
         sha256=state.blob.sha256.hex() if state.blob.sha256 else "",
+        digest=state.blob.digest,
         signer=chunk_list.signer if chunk_list else "",
         open_handles=state.handles,
         waiting_readers=planner.waiting(state.id),

@@ -17,6 +17,7 @@ class BlobStatus:
     trust: str
     complete: bool
     sha256: str  # 64 hex digits, or "" where no origin publishes it
+    digest: str  # as `core.manifest.Blob.digest`
     sources: tuple[str, ...]  # URLs without secrets
     ref: str
     mtime: int  # seconds since 1970
@@ -46,11 +47,12 @@ class FileStatus:
     present_chunks: int
     present_bytes: int
     durable_chunks: int
-    sealed_chunks: int  # the frontier of the running SHA-256
+    sealed_chunks: int  # that the hash of the whole has taken
     fetched_bytes: int  # from the network since this process started
     trust: str
     policy: str
     sha256: str
+    digest: str
     signer: str
     open_handles: int
     waiting_readers: int

@@ -71,7 +71,7 @@ class Upkeep:
                 raise error
             if state.trust is Trust.QUARANTINED:
                 raise IntegrityError(
-                    f"{path} of {state.ref} is quarantined: its SHA-256 is not the promised one, although every chunk "
+                    f"{path} of {state.ref} is quarantined: its digest is not the promised one, although every chunk "
                     "is as it was received; remove it with `weightfs rm` and take it from another mirror"
                 )
             if failure := self._planner.stuck(state.id):
