@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -266,8 +267,10 @@ async def test_the_map_counts_what_is_there(stage: Stage, models: dict[str, byte
         (file,) = (await engine.tensor_map(REF.text))["files"]
         assert file["header_bytes"] == header_of(data).nbytes
         for row, tensor in zip(file["tensors"], header_of(data).tensors, strict=True):
-            there = [*range(MIB), *range(3 * MIB, 4 * MIB)]
-            expected = sum(tensor.span.start <= byte < tensor.span.stop for byte in there)
+            there = ((0, MIB), (3 * MIB, 4 * MIB))
+            expected = sum(
+                max(0, min(stop, tensor.span.stop) - max(start, tensor.span.start)) for start, stop in there
+            )
             assert row == {
                 "name": tensor.name,
                 "dtype": "F32",
@@ -364,7 +367,7 @@ async def test_an_origin_that_fails_fails_nothing_and_is_told_once(
     assert len(told) == 1
     assert told[0].levelno == logging.INFO
     assert REF.text in told[0].getMessage()
-    assert "memory://0.gguf" in told[0].getMessage()
+    assert re.search(r"memory://\d\.gguf", told[0].getMessage()), "the mirror"
 
 
 async def test_an_origin_that_fails_is_not_asked_for_every_file(

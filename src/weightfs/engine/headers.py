@@ -131,6 +131,8 @@ class Headers:
 
     async def read(self, part: Part, span: ByteSpan, *, fetch: bool) -> bytes:
         """Bytes of a file. NotCachedError unless they are there or may be fetched; ReadError."""
+        if not len(span):
+            return b""
         if not fetch and not part.present(span):
             raise NotCachedError
         return await self._reader.read_unseen(part.state, part.in_blob(span))
@@ -196,7 +198,8 @@ class Headers:
             except ReadError as error:
                 if error.kind is FailureKind.CANCELLED:  # the ref was removed, or everything ends
                     return
-                self._failed(ref, part, run, f"{error} (from {error.mirror or 'no mirror'})")
+                told = not error.mirror or error.mirror in str(error)
+                self._failed(ref, part, run, str(error) if told else f"{error} (from {error.mirror})")
             except CacheError as error:
                 self._failed(ref, part, run, str(error))
             except trio.TooSlowError:
