@@ -35,14 +35,6 @@ HOLD = replace(LAZY, policy=Policy.HOLD)
 SECONDS = 30
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> MemoryRepository:
-    made = MemoryRepository()
-    for module in ("engine", "worker"):
-        monkeypatch.setattr(f"weightfs.engine.{module}.open_source", made.open_source)
-    return made
-
-
 async def added(engine: Engine) -> Blob:
     return (await engine.add(REF)).entries[0].blob
 
@@ -68,10 +60,10 @@ def test_the_hash_is_gits(data: bytes) -> None:
 @pytest.mark.parametrize("savable", [True, False])
 @pytest.mark.parametrize("data", [b"", b"hello\n", DATA], ids=["empty", "small", "chunks"])
 async def test_it_is_verified_when_it_is_complete(
-    hub: MemoryRepository, tmp_path: Path, data: bytes, savable: bool, monkeypatch: pytest.MonkeyPatch
+    repository: MemoryRepository, tmp_path: Path, data: bytes, savable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(seal, "SAVABLE", savable)
-    hub.push(REF, {"config.json": data}, chunk_length=K)
+    repository.push(REF, {"config.json": data}, chunk_length=K)
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         blob = await added(engine)
         assert engine.blob_status(blob.id).trust == Trust.PROVISIONAL
@@ -85,11 +77,11 @@ async def test_it_is_verified_when_it_is_complete(
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         assert engine.blob_status(blob.id).trust == Trust.VERIFIED
         assert await engine.read(blob.id, ByteSpan(0, len(data))) == data
-        assert hub.asked == [str(REF)]
+        assert repository.asked == [str(REF)]
 
 
-async def test_a_read_needs_its_chunk_only(hub: MemoryRepository, tmp_path: Path) -> None:
-    hub.push(REF, {"config.json": DATA}, chunk_length=K)
+async def test_a_read_needs_its_chunk_only(repository: MemoryRepository, tmp_path: Path) -> None:
+    repository.push(REF, {"config.json": DATA}, chunk_length=K)
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         blob = await added(engine)
         assert await engine.read(blob.id, ByteSpan(K, K + 10)) == DATA[K : K + 10]
@@ -98,10 +90,12 @@ async def test_a_read_needs_its_chunk_only(hub: MemoryRepository, tmp_path: Path
         assert (status.present_bytes, status.trust) == (K, Trust.PROVISIONAL)
 
 
-async def test_wrong_bytes_from_the_origin_are_quarantined(hub: MemoryRepository, tmp_path: Path) -> None:
-    manifest = hub.push(REF, {"config.json": DATA}, chunk_length=K)
+async def test_wrong_bytes_from_the_origin_are_quarantined(
+    repository: MemoryRepository, tmp_path: Path
+) -> None:
+    manifest = repository.push(REF, {"config.json": DATA}, chunk_length=K)
     url = manifest.entries[0].blob.mirrors[0].url
-    hub.contents[url] = DATA[:-1] + bytes([DATA[-1] ^ 1])
+    repository.contents[url] = DATA[:-1] + bytes([DATA[-1] ^ 1])
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         blob = await added(engine)
         with pytest.raises(IntegrityError, match="quarantined"):
@@ -111,14 +105,14 @@ async def test_wrong_bytes_from_the_origin_are_quarantined(hub: MemoryRepository
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         assert engine.blob_status(blob.id).trust == Trust.QUARANTINED
         await engine.remove(str(REF))
-        hub.contents[url] = DATA
+        repository.contents[url] = DATA
         await added(engine)
         await complete(engine)
         assert await engine.read(blob.id, ByteSpan(0, len(DATA))) == DATA
 
 
-async def test_a_bit_that_the_disk_lost_costs_its_chunk(hub: MemoryRepository, tmp_path: Path) -> None:
-    manifest = hub.push(REF, {"config.json": DATA}, chunk_length=K)
+async def test_a_bit_that_the_disk_lost_costs_its_chunk(repository: MemoryRepository, tmp_path: Path) -> None:
+    manifest = repository.push(REF, {"config.json": DATA}, chunk_length=K)
     blob = manifest.entries[0].blob
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         await added(engine)
@@ -135,9 +129,9 @@ async def test_a_bit_that_the_disk_lost_costs_its_chunk(hub: MemoryRepository, t
 
 
 @pytest.mark.parametrize("rotten", [False, True])
-async def test_a_kill_before_the_verdict(hub: MemoryRepository, tmp_path: Path, rotten: bool) -> None:
+async def test_a_kill_before_the_verdict(repository: MemoryRepository, tmp_path: Path, rotten: bool) -> None:
     """What was recorded before is hashed with the rest, from the disk; what the disk did not keep is found by it."""
-    manifest = hub.push(REF, {"config.json": DATA}, chunk_length=K)
+    manifest = repository.push(REF, {"config.json": DATA}, chunk_length=K)
     blob = manifest.entries[0].blob
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         await added(engine)
@@ -155,9 +149,11 @@ async def test_a_kill_before_the_verdict(hub: MemoryRepository, tmp_path: Path, 
         assert await engine.read(blob.id, ByteSpan(0, len(DATA))) == DATA
 
 
-async def test_hold_waits_for_the_verdict_and_then_serves(hub: MemoryRepository, tmp_path: Path) -> None:
-    hub.push(REF, {"config.json": DATA}, chunk_length=K)
-    hub.gate = trio.Event()
+async def test_hold_waits_for_the_verdict_and_then_serves(
+    repository: MemoryRepository, tmp_path: Path
+) -> None:
+    repository.push(REF, {"config.json": DATA}, chunk_length=K)
+    repository.gate = trio.Event()
     async with running_engine(tmp_path / "cache", HOLD) as engine:
         blob = await added(engine)
         got: list[bytes] = []
@@ -170,14 +166,14 @@ async def test_hold_waits_for_the_verdict_and_then_serves(hub: MemoryRepository,
                 nursery.start_soon(read)
                 await trio.testing.wait_all_tasks_blocked(0.01)
                 assert not got
-                hub.gate.set()
+                repository.gate.set()
         assert got == [DATA[K : K + 5]]
         assert engine.blob_status(blob.id).trust == Trust.VERIFIED
 
 
-async def test_hold_never_serves_what_is_not_gits(hub: MemoryRepository, tmp_path: Path) -> None:
-    manifest = hub.push(REF, {"config.json": DATA}, chunk_length=K)
-    hub.contents[manifest.entries[0].blob.mirrors[0].url] = bytes(len(DATA))
+async def test_hold_never_serves_what_is_not_gits(repository: MemoryRepository, tmp_path: Path) -> None:
+    manifest = repository.push(REF, {"config.json": DATA}, chunk_length=K)
+    repository.contents[manifest.entries[0].blob.mirrors[0].url] = bytes(len(DATA))
     async with running_engine(tmp_path / "cache", HOLD) as engine:
         blob = await added(engine)
         with trio.fail_after(SECONDS), pytest.raises(ReadError, match="quarantined"):
@@ -200,10 +196,12 @@ async def test_workers_hash_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert engine.blob_status(blob.id).trust == Trust.VERIFIED
 
 
-async def test_two_digests_of_the_same_bytes_are_two_blobs(hub: MemoryRepository, tmp_path: Path) -> None:
+async def test_two_digests_of_the_same_bytes_are_two_blobs(
+    repository: MemoryRepository, tmp_path: Path
+) -> None:
     other = parse_ref("hf://org/other@main")
-    hub.push(REF, {"a": DATA}, chunk_length=K)
-    hub.push(other, {"a": DATA}, digest="sha256", chunk_length=K)
+    repository.push(REF, {"a": DATA}, chunk_length=K)
+    repository.push(other, {"a": DATA}, digest="sha256", chunk_length=K)
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         for ref in (REF, other):
             await engine.add(ref)

@@ -41,6 +41,7 @@ class BlobState:
     generation: int = 0
     fetched_bytes: int = 0
     filling: bool = False
+    completing: int = 0  # how many wait for all of it (`pull`)
     prepared: bool = False
     preparing: trio.Lock = field(default_factory=trio.Lock)  # held across disk work only
     # The data file's device and inode, and how often it was lost: what was written into a lost one has not landed.

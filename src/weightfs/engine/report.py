@@ -16,6 +16,7 @@ def describe_refs(catalog: Catalog, planner: Planner, now: float) -> tuple[RefSt
             ref=stored.manifest.ref,
             revision=stored.manifest.revision,
             added_at=stored.added_at,
+            pinned=stored.pinned,
             files=tuple(
                 _describe(f"models/{path}", state, planner, now)
                 for path, state in catalog.files(stored.manifest.ref)

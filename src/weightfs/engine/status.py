@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from weightfs.core.manifest import BlobId
@@ -68,6 +69,7 @@ class RefStatus:
     ref: str
     revision: str
     added_at: int
+    pinned: bool  # to be kept whole
     files: tuple[FileStatus, ...]
 
 
@@ -110,6 +112,24 @@ class CacheSpace:
 
     total_bytes: int
     free_bytes: int
+
+
+class Outcome(enum.StrEnum):
+    """What `update` found. A ref that had the new revision before was set back, or somebody replays an old answer."""
+
+    UNCHANGED = "unchanged"
+    UPDATED = "updated"
+    ROLLED_BACK = "rolled back"
+
+
+@dataclass(frozen=True, slots=True)
+class RefUpdate:
+    """A ref was asked for again: what it was, and what it is now."""
+
+    ref: str
+    old_revision: str
+    new_revision: str
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)
