@@ -10,6 +10,7 @@ import weightfs
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
 from weightfs.cli.keeping import rm, verify
 from weightfs.cli.looking import ls, status
+from weightfs.cli.mapping import map_
 from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
 from weightfs.cli.pulling import pull
@@ -49,7 +50,7 @@ def cli() -> None:
     """
 
 
-for command in (mount, umount, pull, status, ls, verify, rm, publish):
+for command in (mount, umount, pull, status, ls, map_, verify, rm, publish):
     cli.add_command(command)
 
 
