@@ -95,11 +95,15 @@ def ls(
 
 def chosen(refs: Sequence[Document], names: Sequence[str]) -> list[Document]:
     """The documents of the refs that were named, of all if none was. RefError."""
-    found = [ref for ref in refs if not names or ref["ref"] in names]
+    from weightfs.core.names import identity
+
+    if not names:
+        return list(refs)
+    known = {identity(ref["ref"]): ref for ref in refs}
     for name in names:
-        if all(ref["ref"] != name for ref in found):
+        if identity(name) not in known:
             raise RefError(f"{name} is not in the cache; `weightfs ls` lists what is")
-    return found
+    return [known[identity(name)] for name in names]
 
 
 def _ls_details(

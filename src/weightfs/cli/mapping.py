@@ -44,6 +44,9 @@ COLOURED: Final = Palette("█", "▓", "░")
 STYLES: Final = {COLOURED.verified: "green", COLOURED.cached: "yellow", COLOURED.missing: "bright_black"}
 
 
+_SPACE: Final = ("OFFSET", "SIZE", "CACHED")
+
+
 @click.command(
     "map",
     short_help="Show where tensors lie, and what is cached of them.",
@@ -149,10 +152,10 @@ def _file_lines(file: Document, width: int, palette: Palette) -> list[str]:
     from weightfs.units import format_size
 
     rows = file["layers"] if "layers" in file else file["tensors"]
-    head = ("", "TYPE", "TENSORS" if "layers" in file else "SHAPE", "OFFSET", "SIZE", "CACHED")
+    head = (*(("LAYER", "TYPE", "TENSORS") if "layers" in file else ("TENSOR", "TYPE", "SHAPE")), *_SPACE)
     cells = [head, *(_cells(row) for row in rows)]
     others = [len(line) for line in aligned([("", *row[1:]) for row in cells], right=(3, 4, 5))]
-    longest = max((len(row[0]) for row in cells), default=0)
+    longest = max(len(row[0]) for row in cells)
     room = width - max(others) - 2
     bar = max(MIN_BAR, min(MAX_BAR, room - longest))
     name = max(MIN_NAME, min(longest, room - bar))
