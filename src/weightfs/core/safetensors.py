@@ -179,7 +179,7 @@ class _Walker:
 def _parsed(token: bytes) -> Any:
     """A string, or an object without objects in it. HeaderError."""
     try:
-        return json.loads(token.decode(), object_pairs_hook=_distinct)
+        return _DECODER.decode(token.decode())
     except HeaderError:
         raise
     except (ValueError, RecursionError):
@@ -191,6 +191,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise HeaderError("a field of a tensor is given twice")
     return found
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_distinct)  # made once: there may be 100,000 tensors
 
 
 def _info(name: str, token: bytes) -> _Info:
