@@ -202,7 +202,8 @@ def test_what_a_model_is(changes: dict[str, Any], model: bool) -> None:
 
 def test_digests_of_what_is_no_text_are_refused() -> None:
     assert parse_digest(A, "D") == b"\xaa" * 32
-    for value in (None, 3, [], "", "a" * 64, f"{A}\n", f" {A}"):
+    values: list[object] = [None, 3, [], "", "a" * 64, f"{A}\n", f" {A}"]
+    for value in values:
         with pytest.raises(IntegrityError):
             parse_digest(value, "D")
 

@@ -85,12 +85,10 @@ def test_unknown_kinds_of_ollama_have_a_safe_name() -> None:
     "name", ["../x", "/etc/passwd", "a//b", "a/./b", "a\x00b", "a\n", "x" * 256, "\ud800", "x/" * 600]
 )
 def test_paths_that_cannot_be_are_refused(name: str) -> None:
-    for attempt in (
-        lambda: ollama(layer(OLLAMA + "tensor", name=name)),
-        lambda: oci(layer("x/y", name)),
-    ):
-        with pytest.raises(IntegrityError, match="which is refused"):
-            attempt()
+    with pytest.raises(IntegrityError, match="which is refused"):
+        ollama(layer(OLLAMA + "tensor", name=name))
+    with pytest.raises(IntegrityError, match="which is refused"):
+        oci(layer("x/y", name))
 
 
 @pytest.mark.parametrize("names", [["a", "a"], ["a", "a/b"], ["a/b", "a"], ["a/b/c", "a/b"]])

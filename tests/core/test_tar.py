@@ -134,7 +134,7 @@ def test_headers_of_small_files_come_together_and_bodies_are_not_read() -> None:
 
 def test_sizes_beyond_octal_digits() -> None:
     size = 9 << 30
-    for fmt in FORMATS[1:]:
+    for fmt in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         info = tarfile.TarInfo("huge")
         info.size = size
         header = info.tobuf(fmt)

@@ -252,7 +252,7 @@ async def test_a_registry_that_limits_says_so(autojump_clock: MockClock) -> None
     async with serving(manifest(layer(GGUF))) as (origin, ref):
         limited = Fault(FaultKind.STATUS, status=429, headers=(("Retry-After", "7"),))
         origin.script(MANIFEST, limited)
-        assert await resolve(ref, retry=1)
+        assert (await resolve(ref, retry=1)).entries
         origin.always[MANIFEST] = limited
         with pytest.raises(SourceError, match="log in with docker login") as caught:
             await resolve(ref, retry=1)

@@ -366,7 +366,7 @@ async def test_credentials_are_not_sent_where_somebody_could_read_or_ask_for_the
         auths = {host: {"auth": base64.b64encode(b"ann:secret").decode()} for host in hosts}
         config = tmp_path / "config.json"
         config.write_text(json.dumps({"auths": auths}))
-        settings = {"docker_config": str(config), "backend": Elsewhere()}
+        settings: dict[str, Any] = {"docker_config": str(config), "backend": Elsewhere()}
         # The registry is on plain http: who asks may be anybody on the way.
         origin.script(BLOB, challenge(f"http://public:{origin.port}{REALM}"))
         assert await read_blob(f"http://public:{origin.port}{BLOB}", **settings)
