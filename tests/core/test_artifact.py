@@ -25,6 +25,7 @@ from weightfs.core.artifact import (
     parse_digest,
     parse_manifest,
 )
+from weightfs.core.artifact_paths import oci_files, ollama_files
 from weightfs.core.geometry import MAX_BLOB_SIZE
 from weightfs.errors import IntegrityError
 
@@ -242,6 +243,10 @@ def test_any_document_is_sound_or_refused(document: dict[str, Any]) -> None:
         found = parse(document)
     except IntegrityError:
         return
+    if isinstance(found, Artifact):
+        for files in (ollama_files, oci_files):
+            with contextlib.suppress(IntegrityError):
+                files(found, "M")
     parts = found.manifests if isinstance(found, Index) else (found.config, *found.layers)
     for part in parts:
         assert len(part.digest) == 32

@@ -119,6 +119,11 @@ def test_docker_model_runner() -> None:
     ) == ["model.gguf", "mmproj.gguf", "license", "license-2", "chat_template.jinja", "extra/tokenizer.json"]
 
 
+def test_what_ollama_made_keeps_its_names_in_any_registry() -> None:
+    layers = [layer(OLLAMA + "model"), layer(OLLAMA + "tensor", name="a/b")]
+    assert oci(*layers) == ollama(*layers) == ["model.gguf", "a/b", "config.json"]
+
+
 def test_shards_are_numbered_as_their_readers_expect() -> None:
     assert oci(layer(DOCKER + "safetensors")) == ["model.safetensors"]
     named = layer(DOCKER + "safetensors", "draft.safetensors")

@@ -287,7 +287,10 @@ def big(size: int = BIG) -> Descriptor:
 
 
 async def big_manifest(sums: bytes | None, **settings: Any) -> Manifest:
-    raw = manifest({"mediaType": OLLAMA + "model", "digest": "sha256:" + "0" * 64, "size": BIG})
+    more = [
+        {"mediaType": OLLAMA + "adapter", "digest": f"sha256:{n}" + "1" * 63, "size": BIG} for n in range(3)
+    ]
+    raw = manifest({"mediaType": OLLAMA + "model", "digest": "sha256:" + "0" * 64, "size": BIG}, *more)
     async with serving(raw) as (origin, ref):
         path = f"/v2/library/m/chunksums/sha256:{'0' * 64}"
         if sums is not None:
@@ -295,6 +298,9 @@ async def big_manifest(sums: bytes | None, **settings: Any) -> Manifest:
         found = await resolve(ref, **settings)
         assert len(origin.requests(path)) == 1
         assert not origin.requests(f"/v2/library/m/chunksums/{sha256(b'{}')}")
+        # None is asked for after one that is not there.
+        usable = found.entries[0].blob.chunk_list is not None
+        assert len([seen for seen in origin.seen if "/chunksums/" in seen.path]) == 1 + usable
         return found
 
 

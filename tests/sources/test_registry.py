@@ -29,6 +29,7 @@ from weightfs.core.manifest import Manifest, Mirror
 from weightfs.core.ref import parse_ref
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import FailureKind, SourceError
+from weightfs.sources import _tokens
 from weightfs.sources._challenges import Challenge, parse_challenges
 from weightfs.sources._client import HttpClient
 from weightfs.sources._registry import base_url
@@ -48,6 +49,7 @@ from weightfs.testing.registry import (
     write_docker_config,
 )
 from weightfs.testing.sources import read_entry
+from weightfs.testing.tls import make_tls
 
 GGUF = b"GGUF" + random.Random(5).randbytes(3 * MIB)
 PARTS = {"model": GGUF, "template": b"{{ .Prompt }}"}
@@ -393,6 +395,64 @@ async def test_credentials_stay_with_the_token_server_that_was_named(tmp_path: P
         assert await read_blob(origin.url(BLOB), docker_config=str(config))
         assert "authorization" in origin.requests(REALM)[0].headers
         assert "authorization" not in away.requests(REALM)[0].headers
+
+
+async def test_an_https_registry_may_not_name_a_token_server_on_http(tmp_path: Path) -> None:
+    tls = make_tls(tmp_path)
+    async with open_origin({BLOB: DATA}, tls=tls) as origin, blob_origin() as tokens:
+        origin.always[BLOB] = challenge(tokens.url(REALM))
+        with pytest.raises(SourceError, match="is https and names a token server that is not") as caught:
+            await read_blob(origin.url(BLOB), ca_file=str(tls.ca))
+        assert caught.value.kind is FailureKind.REDIRECT
+        assert not tokens.seen
+
+
+async def test_tokens_of_docker_login(tmp_path: Path) -> None:
+    async with blob_origin() as origin:
+        config = tmp_path / "config.json"
+        entry = {"identitytoken": "it"}
+        config.write_text(json.dumps({"auths": {f"127.0.0.1:{origin.port}": entry}}))
+        origin.script(BLOB, challenge(origin.url(REALM)))
+        await read_blob(origin.url(BLOB), docker_config=str(config))
+        login = base64.b64encode(b"00000000-0000-0000-0000-000000000000:it").decode()
+        assert origin.requests(REALM)[0].headers["authorization"] == f"Basic {login}"
+        entry["registrytoken"] = "rt"
+        config.write_text(json.dumps({"auths": {f"127.0.0.1:{origin.port}": entry}}))
+        origin.script(BLOB, challenge(origin.url(REALM)))
+        await read_blob(origin.url(BLOB), docker_config=str(config))
+        assert origin.requests(BLOB)[-1].headers["authorization"] == "Bearer rt"
+        assert len(origin.requests(REALM)) == 1
+        # Neither is a password, which Basic wants.
+        basic = Fault(FaultKind.STATUS, status=401, headers=(("WWW-Authenticate", "Basic realm=x"),))
+        origin.script(BLOB, basic)
+        with pytest.raises(SourceError, match="check the credentials"):
+            await read_blob(origin.url(BLOB), docker_config=str(config))
+
+
+async def test_a_header_of_the_user_goes_before_tokens() -> None:
+    async with blob_origin() as origin:
+        origin.always[BLOB] = challenge(origin.url(REALM))
+        mine: dict[str, Any] = {
+            "headers": (("Authorization", "Bearer mine"),),
+            "header_origins": (origin.url(BLOB),),
+        }
+        with pytest.raises(SourceError, match="check the credentials"):
+            await read_blob(origin.url(BLOB), **mine)
+        assert [seen.headers["authorization"] for seen in origin.seen] == ["Bearer mine"]
+
+
+async def test_how_many_tokens_are_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tokens, "MAX_TOKENS", 2)
+    names = [BLOB.replace("/x/", f"/x{number}/") for number in range(3)]
+    async with open_origin({**dict.fromkeys(names, DATA), REALM: b'{"token":"t0"}'}) as origin:
+        client = HttpClient(FetchSettings(retry=0))
+        for name in names:
+            origin.script(name, challenge(origin.url(REALM)))
+            await client.fetch(origin.url(name), limit=1 << 20)
+        known = [await client.tokens.known(httpx.URL(origin.url(name))) for name in names]
+        assert [bool(headers) for headers in known] == [False, True, True]
+        assert not await client.tokens.known(httpx.URL(origin.url("/v2/" + "x" * 2000 + "/blobs/y")))
+        await client.aclose()
 
 
 @pytest.mark.parametrize(
