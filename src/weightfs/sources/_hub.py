@@ -103,7 +103,7 @@ class HubApi:
 
     def gated(self, name: HubName) -> SourceError:
         """The error for a repository whose licence was not accepted."""
-        page = self.page_of(name)
+        page = _rules.label(self.page_of(name))
         way = "set HF_TOKEN to that account's token, or run `hf auth login`"
         if self._client.settings.hf_token:
             way = "make sure that the token in use (HF_TOKEN, or of `hf auth login`) is that account's"
@@ -119,7 +119,7 @@ class HubApi:
         return reply
 
     def _refusal(self, name: HubName, reply: Reply) -> SourceError:
-        page, has_token = self.page_of(name), bool(self._client.settings.hf_token)
+        page, has_token = _rules.label(self.page_of(name)), bool(self._client.settings.hf_token)
         token = "the token in use (HF_TOKEN, or of `hf auth login`)"  # noqa: S105  no secret, but words about it
         match reply.headers.get("x-error-code", ""), reply.status:
             case "GatedRepo", _:

@@ -15,7 +15,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import trio
@@ -37,7 +37,8 @@ from weightfs.sources.minisign import MAX_SIGNATURE_BYTES
 SCHEMES = (SCHEME,)
 # Chunk lists of one ref: more than the largest models have shards. They are fetched one after the other.
 MAX_LISTS = 256
-_NEAR_CANDIDATES = 5_000  # difflib takes about 50 us for each
+# difflib takes up to a millisecond for two names of that length, and cannot be stopped.
+_NEAR_CANDIDATES, _NEAR_CHARS = 2_000, 200
 _NEAR_NAMES = 3
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,15 @@ class _Commit:
 class HfSource:
     """Resolves hf refs, and reads spans from such mirrors.
 
-    The user's own headers are not for the Hub: its token is, and an `Authorization` meant for another origin of the
-    same mount would take its place.
+    The user's headers are for hosts that somebody named: for an endpoint that was configured, not for the Hub that is
+    meant when none was.
     """
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
         self._settings = client.settings
+        if self._settings.hf_endpoint != FetchSettings().hf_endpoint:
+            client.own(self._settings.hf_endpoint)
         self._https = HttpsSource(client)
         self._api = HubApi(client)
 
@@ -206,15 +209,26 @@ def _etag_of(data: bytes, file: HubFile) -> str:
     return hashlib.sha256(data).hexdigest() if file.lfs_sha256 else git_oid(data)
 
 
+def _near(name: HubName, paths: Sequence[str]) -> list[str]:
+    """What may have been meant: the same in other case, a file of that name elsewhere, a similar name."""
+    lower = replace(name, path=name.path.lower())
+    alike = [path for path in paths if lower.selects(path.lower())]
+    below = [path for path in paths if path.endswith(f"/{name.path}")]
+    near = alike or below
+    if not near and len(name.path) <= _NEAR_CHARS:
+        short = [path for path in paths if len(path) <= _NEAR_CHARS][:_NEAR_CANDIDATES]
+        near = difflib.get_close_matches(name.path, short, _NEAR_NAMES, cutoff=0.5)
+    return near[:_NEAR_NAMES]
+
+
 def _select(commit: _Commit) -> tuple[HubFile, ...]:
     """The files that a ref means. SourceError (NOT_FOUND), with near names, if there are none."""
     name, files = commit.name, commit.tree.files
     selected = tuple(file for file in files if name.selects(file.path))
     if selected:
         return selected
-    paths = [file.path for file in files[:_NEAR_CANDIDATES]]
-    near = difflib.get_close_matches(name.path, paths, _NEAR_NAMES, cutoff=0.5)
-    if near:
+    paths = [file.path for file in files]
+    if near := _near(name, paths):
         hint = f"did you mean {' or '.join(near)}?"
     else:
         hint = f"it has {', '.join(paths[:_NEAR_NAMES])}." if paths else "it has none at all."
