@@ -9,6 +9,7 @@ import click
 import weightfs
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
 from weightfs.cli.keeping import rm, verify
+from weightfs.cli.linking import env, link
 from weightfs.cli.looking import ls, status
 from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
@@ -49,7 +50,7 @@ def cli() -> None:
     """
 
 
-for command in (mount, umount, pull, status, ls, verify, rm, publish):
+for command in (mount, umount, pull, status, ls, verify, rm, publish, env, link):
     cli.add_command(command)
 
 

@@ -128,6 +128,11 @@ class FakeEngine:
         self._others[manifest.ref] = manifest
         self.on_change()
 
+    def unpin(self, ref: str) -> None:
+        """Forget a manifest that was put; its bytes stay known."""
+        del self._others[ref]
+        self.on_change()
+
     def complete(self, name: str) -> None:
         """All of the file is cached and proven from now on."""
         file = self.files[name]
