@@ -121,7 +121,7 @@ def report_lines(report: Document) -> list[str]:
     if report["repaired"]:
         lines.append(f"    {report['repaired']} chunks were fetched again")
     lines += [
-        f"    {path}: quarantined, its SHA-256 is not the promised one" for path in report["quarantined"]
+        f"    {path}: quarantined, its digest is not the promised one" for path in report["quarantined"]
     ]
     return lines
 

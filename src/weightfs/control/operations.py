@@ -173,6 +173,7 @@ def _blob_document(blob: Blob, status: BlobStatusLike) -> Document:
         "complete": status.complete,
         "trust": str(status.trust),
         "sha256": status.sha256,
+        "digest": status.digest,
         "sources": to_json(list(status.sources)),
     }
 

@@ -59,6 +59,11 @@ class BlobStatusLike(Protocol):
         ...
 
     @property
+    def digest(self) -> str:
+        """`core.manifest.Blob.digest`."""
+        ...
+
+    @property
     def sources(self) -> Sequence[str]:
         """URLs without secrets."""
         ...

@@ -1,7 +1,7 @@
 """The engine: what the mount, the control socket and the command line see of weightfs.
 
-Rules: one trio run. Everything but the `async` methods answers from memory; of the `async` ones, only `add`, `complete`
-and `verify` may wait for longer than `read_timeout`.
+Rules: one trio run. Everything but the `async` methods answers from memory; of the `async` ones, only `add`, `update`,
+`browse`, `complete` and `verify` may wait for longer than `read_timeout`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from weightfs.core import plan
 from weightfs.core.geometry import ByteSpan, ChunkSpan
 from weightfs.core.manifest import BlobId, Manifest, Policy
 from weightfs.core.planner import Planner
-from weightfs.core.ref import Ref
+from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.catalog import Catalog
@@ -28,11 +28,21 @@ from weightfs.engine.committer import Committer
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
 from weightfs.engine.holdings import Holdings
+from weightfs.engine.homes import home_of
+from weightfs.engine.keeping import Keeper
 from weightfs.engine.reader import Reader
 from weightfs.engine.report import describe_jobs, describe_refs
 from weightfs.engine.seal import Sealer
 from weightfs.engine.settings import EngineSettings, FillMode
-from weightfs.engine.status import BlobStatus, CacheSpace, EngineStatus, VerifyProgress, VerifyReport
+from weightfs.engine.status import (
+    BlobStatus,
+    CacheSpace,
+    EngineStatus,
+    Outcome,
+    RefUpdate,
+    VerifyProgress,
+    VerifyReport,
+)
 from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError
@@ -73,6 +83,7 @@ class Engine:
         self._sealer = Sealer(
             self._hasher, self._committer, self._holdings, lambda: self._planner.waiting() > 0
         )
+        self._keeper = Keeper(self._catalog, self._fetcher, self._holdings, settings, nursery)
         self._reader = Reader(cache, self._planner, self._fetcher, self._holdings, settings, nursery)
         self._upkeep = Upkeep(
             self._catalog, self._planner, self._fetcher, self._holdings, self._hasher, self._sealer
@@ -91,16 +102,9 @@ class Engine:
 
     def _begin(self, state: BlobState) -> None:
         self._fetcher.add(state)
-        if self.settings.fill is FillMode.ALL:
-            self._nursery.start_soon(self._fill, state)
+        self._keeper.begin(state)
         if len(state.durable) > state.frontier or state.durable.full:
             self._sealer.poke(state)
-
-    async def _fill(self, state: BlobState) -> None:
-        try:
-            await self._holdings.fill(state)
-        except CacheError as error:
-            log.error("%s", error)
 
     async def _close(self) -> None:
         self.fail_reads()
@@ -152,42 +156,78 @@ class Engine:
 
         SourceError, ChunkListError, SignatureError, CacheError.
         """
-        known = self._catalog.manifest(str(ref))
+        known = self._catalog.ref(str(ref))
         if known is not None and not refresh:
-            return known
+            return known.manifest
+        if known is not None and known.manifest.ref != str(ref):
+            ref = parse_ref(known.manifest.ref)  # as it was spelt when it was added
         if ref.scheme not in self._sources:
             # In a thread: the first time it imports, for longer than the readers should wait for the loop.
             source = await trio.to_thread.run_sync(open_source, ref.scheme, self.settings.fetch)
             self._sources.setdefault(ref.scheme, source)
         manifest = await self._sources[ref.scheme].resolve(ref)
-        self._pool.own(ref.url)
-        if self.settings.policy is Policy.HOLD and any(
-            entry.blob.sha256 is None for entry in manifest.entries
-        ):
+        if home := home_of(ref, self.settings.fetch):
+            self._pool.own(home)
+        if self.settings.policy is Policy.HOLD and any(not entry.blob.digest for entry in manifest.entries):
             raise IntegrityError(
                 f"{manifest.ref} has no digest to be verified with, and policy hold would wait for ever; "
                 "add #sha256=<hex> to the ref, publish a .meta4, or use --policy provisional"
             )
         async with self._pinning:
+            if known is not None and self._catalog.ref(str(ref)) is None:
+                raise ReadError(f"{ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=str(ref))
             for state in await self._catalog.put(manifest):
                 if self._planner.knows(state.id):
                     self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
                     await self._holdings.adopt(state)
+                    self._keeper.begin(state)
                 else:
                     self._begin(state)
         self.on_change()
         await self._tidy()
         return manifest
 
+    async def update(self, ref_text: str) -> RefUpdate:
+        """Ask what a known ref is now, and follow it there. KeyError if it is unknown; else as `add`."""
+        before = self._known(ref_text)
+        await self.add(parse_ref(before.manifest.ref), refresh=True)
+        old, new = before.manifest.revision, self._known(ref_text).manifest.revision
+        outcome = Outcome.UNCHANGED if new == old else Outcome.UPDATED
+        if outcome is Outcome.UPDATED and new in before.previous:
+            outcome = Outcome.ROLLED_BACK
+            log.warning("%s went back to an older digest: from %s to %s", before.manifest.ref, old, new)
+        return RefUpdate(before.manifest.ref, old, new, outcome)
+
+    async def browse(self, ref: Ref) -> None:
+        """Let a ref be known because somebody looked at its path: as `add`, and nothing of it is fetched."""
+        await self.add(ref)
+
+    async def pin(self, ref_text: str, *, pinned: bool) -> None:
+        """Keep all of a ref, from now on and after every start; or no longer. KeyError if it is unknown."""
+        async with self._pinning:
+            await self._catalog.pin(ref_text, pinned=pinned)
+            for _, state in self._catalog.files(ref_text):
+                self._keeper.begin(state)
+                self._keeper.rest(state)
+
+    def _known(self, ref_text: str) -> StoredRef:
+        stored = self._catalog.ref(ref_text)
+        if stored is None:
+            raise KeyError(ref_text)
+        return stored
+
     async def remove(self, ref_text: str) -> int:
         """Forget a ref and delete what only it had; the bytes freed. KeyError if it is not pinned."""
         freed = 0
         async with self._pinning:
             with trio.CancelScope(shield=True):  # half a removal would leave files that nothing names
+                states = [state for _, state in self._catalog.files(ref_text)]
                 orphans = await self._catalog.remove(ref_text)
                 self.on_change()
                 for state in orphans:
                     freed += await self._delete(state)
+                for state in states:
+                    self._keeper.rest(state)
         return freed
 
     async def _tidy(self) -> None:
@@ -275,7 +315,10 @@ class Engine:
             if chunk not in state.present:
                 self._fetcher.feed(plan.Want(state.id, ChunkSpan(chunk, chunk + 1)))
         if self.settings.fill is FillMode.OPENED:
-            await self._fill(state)
+            try:
+                await self._holdings.fill(state)
+            except CacheError as error:
+                log.error("%s", error)
 
     # ---- looking at it
 

@@ -121,9 +121,9 @@ class Reader:
         """What the policy demands of the whole blob, before a byte of it is given out."""
         while not state.policy.allows(state.trust):
             if state.trust is Trust.QUARANTINED:
-                text = f"{state.ref} is quarantined (its SHA-256 is not the promised one): use another mirror"
+                text = f"{state.ref} is quarantined (its digest is not the promised one): use another mirror"
                 raise ReadError(text, kind=FailureKind.MISMATCH, ref=state.ref)
-            if state.blob.sha256 is None:
+            if not state.blob.digest:
                 text = f"{state.ref} has no digest to be verified with, and policy {state.policy} demands one"
                 raise ReadError(text, kind=FailureKind.MISMATCH, ref=state.ref)
             if self._fetcher.closed:

@@ -35,6 +35,7 @@ class FakeBlobStatus:
     trust: str = Trust.PROVISIONAL
     complete: bool = False
     sha256: str = ""
+    digest: str = ""
     sources: tuple[str, ...] = ()
 
 
@@ -91,7 +92,9 @@ class FakeControlEngine:
         blob = Blob(BlobId.of_digest(digest), BlobShape.of(self.size), digest, (Mirror(ref.url),))
         manifest = Manifest(str(ref), "1", tree, (Entry(name, blob),))
         self.stored[str(ref)] = FakeStored(manifest)
-        self.blobs[blob.id] = FakeBlobStatus(self.size, sha256=digest.hex(), sources=(ref.url,))
+        self.blobs[blob.id] = FakeBlobStatus(
+            self.size, sha256=digest.hex(), digest=blob.digest, sources=(ref.url,)
+        )
         return manifest
 
     async def remove(self, ref_text: str) -> int:

@@ -1,0 +1,559 @@
+"""A real container registry on loopback: Debian's `docker-registry`, with what stands around one in life.
+
+    with DockerRegistry() as registry:                                  # anonymous
+        digest = push_ollama(registry, "library/tiny:latest", {"model": gguf, "template": b"{{ .Prompt }}"})
+        parse_ref(f"ollama://{registry.host}/library/tiny:latest")
+
+    with DockerRegistry(auth=Auth.TOKEN, accounts={"ann": "secret"}) as registry:   # a token server, too
+    with DockerRegistry(tls=True) as registry:                                      # registry.ca_file
+    with DockerRegistry() as registry, BlobFront(registry) as front:                # blobs at signed URLs that end
+
+Everything is plain and synchronous, as in `weightfs.testing.nginx`, and gone when the context ends.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import enum
+import hashlib
+import http.client
+import http.server
+import json
+import os
+import secrets
+import shutil
+import ssl
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.x509 import load_pem_x509_certificate
+
+from weightfs.core.artifact import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, TITLE
+from weightfs.testing.nginx import POLL_SECONDS, START_ATTEMPTS, START_SECONDS, Nginx, free_port
+from weightfs.testing.tls import TlsFiles, make_tls
+
+SERVICE, ISSUER = "weightfs test registry", "weightfs test token server"
+BASIC_USER, BASIC_PASSWORD = "ann", "correct horse"  # noqa: S105  a test's
+# bcrypt, which Python's library cannot make any more.
+_BASIC_HASH = "$2b$05$sIRQqa/A8GcevonKl.vYxOiF3G9t1kzdFzBD3sdCl8DQoUyQ4Ph2S"
+
+OLLAMA = "application/vnd.ollama.image."
+DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
+
+
+class Auth(enum.Enum):
+    """How a registry knows its users."""
+
+    NONE = enum.auto()
+    TOKEN = enum.auto()
+    BASIC = enum.auto()  # BASIC_USER with BASIC_PASSWORD
+
+
+class TokenServer:
+    """Gives JWTs that a docker-registry accepts (distribution's "Token Authentication Specification").
+
+    Change `accounts`, `public` and `lifetime` at any time; `seen` has a (user or "", scopes) for every token asked for.
+    `revoke` makes the registry's next answers to older tokens 401: their times are over, as seen from there.
+    """
+
+    def __init__(self, tls: TlsFiles, accounts: Mapping[str, str]) -> None:
+        self._certificate = load_pem_x509_certificate(tls.certificate.read_bytes())
+        key = serialization.load_pem_private_key(tls.key.read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        self._key = key
+        self.accounts = dict(accounts)
+        self.public = True  # whether anonymous tokens may pull
+        self.lifetime = 300
+        self.said_lifetime: int | None = None  # what `expires_in` says, if not the truth
+        self.field = "token"  # or "access_token"
+        self.status = 0  # an error status for every request
+        self.seen: list[tuple[str, tuple[str, ...]]] = []
+        self._server = _serve(self._answer)
+
+    @property
+    def realm(self) -> str:
+        """Its URL."""
+        return f"http://127.0.0.1:{self._server.server_port}/token"
+
+    def issue(self, scopes: Sequence[str], user: str = "", actions: Sequence[str] | None = None) -> str:
+        """A token for the scopes; with `actions` in place of those that they name."""
+        now = int(time.time())
+        access = []
+        for scope in scopes:
+            kind, name, asked = scope.split(":", 2)
+            access.append({"type": kind, "name": name, "actions": list(actions or asked.split(","))})
+        claims = {
+            "iss": ISSUER,
+            "sub": user,
+            "aud": SERVICE,
+            "exp": now + self.lifetime,
+            "nbf": now - 60,  # the registry allows a minute of difference between clocks
+            "iat": now,
+            "jti": secrets.token_hex(8),
+            "access": access,
+        }
+        der = self._certificate.public_bytes(serialization.Encoding.DER)
+        head = {"typ": "JWT", "alg": "ES256", "x5c": [base64.b64encode(der).decode()]}
+        text = f"{_b64(json.dumps(head).encode())}.{_b64(json.dumps(claims).encode())}"
+        r, s = decode_dss_signature(self._key.sign(text.encode(), ec.ECDSA(hashes.SHA256())))
+        return f"{text}.{_b64(r.to_bytes(32, 'big') + s.to_bytes(32, 'big'))}"
+
+    def stop(self) -> None:
+        """End it."""
+        _stop(self._server)
+
+    def _answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        query = parse_qs(urlsplit(request.path).query)
+        scopes = tuple(query.get("scope", ()))
+        user, password = _basic_of(request.headers.get("Authorization"))
+        self.seen.append((user, scopes))
+        if self.status:
+            _reply(request, self.status, b"{}")
+            return
+        known = bool(user) and self.accounts.get(user) == password
+        if query.get("service") != [SERVICE] or (user and not known) or not (known or self.public):
+            _reply(request, 401, b'{"errors":[{"code":"UNAUTHORIZED"}]}')
+            return
+        said = self.lifetime if self.said_lifetime is None else self.said_lifetime
+        answer = {self.field: self.issue(scopes, user, ["pull"]), "expires_in": said}
+        _reply(request, 200, json.dumps(answer).encode())
+
+
+class DockerRegistry:
+    """A docker-registry with its files in a temporary directory.
+
+    Args:
+        auth: none, tokens of a `TokenServer`, or Basic.
+        accounts: user → password of the token server.
+        tls: https with a certificate of a private CA.
+    """
+
+    def __init__(
+        self, *, auth: Auth = Auth.NONE, accounts: Mapping[str, str] | None = None, tls: bool = False
+    ) -> None:
+        self.auth = auth
+        self._accounts = accounts or {}
+        self._with_tls = tls
+        self._home: Path | None = None
+        self._tls: TlsFiles | None = None
+        self._tokens: TokenServer | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        executable = shutil.which("docker-registry")
+        if executable is None:
+            raise FileNotFoundError(
+                "docker-registry is not installed; on Debian: apt-get install docker-registry"
+            )
+        self._home = Path(tempfile.mkdtemp(prefix="weightfs-registry-"))
+        self._home.chmod(0o755)  # nginx may serve the blobs as another user
+        try:
+            self._tls = make_tls(self._home / "tls")
+            if self.auth is Auth.TOKEN:
+                self._tokens = TokenServer(self._tls, self._accounts)
+            for _ in range(START_ATTEMPTS):
+                if self._start(executable):
+                    return self
+            raise RuntimeError(f"docker-registry did not start: {self._log()}")
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it and remove its files. Doing it twice does nothing."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._tokens is not None:
+            self._tokens.stop()
+            self._tokens = None
+        if self._home is not None:
+            shutil.rmtree(self._home, ignore_errors=True)
+            self._home = None
+
+    @property
+    def host(self) -> str:
+        """As refs name it. A registry with TLS also has to be in `FetchSettings.endpoints`: see `endpoints`."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def base(self) -> str:
+        """The URL of its API."""
+        return f"{'https' if self._with_tls else 'http'}://{self.host}"
+
+    @property
+    def endpoints(self) -> tuple[tuple[str, str], ...]:
+        """For `FetchSettings.endpoints`."""
+        return ((self.host, self.base),)
+
+    @property
+    def ca_file(self) -> Path:
+        """The CA of its certificate (PEM)."""
+        assert self._tls is not None
+        return self._tls.ca
+
+    @property
+    def tokens(self) -> TokenServer:
+        """The token server."""
+        assert self._tokens is not None
+        return self._tokens
+
+    def blob_path(self, digest: str) -> Path:
+        """Where the registry keeps a blob: the file can be damaged there."""
+        hexes = digest.removeprefix("sha256:")
+        return self._path("data") / "docker/registry/v2/blobs/sha256" / hexes[:2] / hexes / "data"
+
+    def requests(self) -> list[str]:
+        """`METHOD target STATUS` of what it answered so far."""
+        lines = self._log().splitlines()
+        heads = (line.split('"') for line in lines if " HTTP/1.1" in line and line.count('"') >= 4)
+        return [f"{parts[1].removesuffix(' HTTP/1.1')} {parts[2].split()[0]}" for parts in heads]
+
+    def ask(
+        self, method: str, target: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> http.client.HTTPResponse:
+        """One request by somebody who may do everything; the response has been read. RuntimeError above 399."""
+        connection: http.client.HTTPConnection
+        if self._with_tls:
+            context = ssl.create_default_context(cafile=str(self.ca_file))
+            connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=context)
+        else:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, target, body, {**self._authorization(target), **(headers or {})})
+            response = connection.getresponse()
+            answer = response.read()
+        if response.status >= 400:
+            raise RuntimeError(f"{method} {target}: {response.status} {answer[:500]!r}")
+        return response
+
+    def _authorization(self, target: str) -> dict[str, str]:
+        match self.auth:
+            case Auth.NONE:
+                return {}
+            case Auth.BASIC:
+                text = base64.b64encode(f"{BASIC_USER}:{BASIC_PASSWORD}".encode()).decode()
+                return {"Authorization": f"Basic {text}"}
+            case Auth.TOKEN:
+                name = target.removeprefix("/v2/").split("/blobs/")[0].split("/manifests/")[0]
+                return {"Authorization": f"Bearer {self.tokens.issue([f'repository:{name}:pull,push'])}"}
+
+    def _start(self, executable: str) -> bool:
+        self.port = free_port()
+        config = self._path("config.yml")
+        config.write_text(json.dumps(self._config()))  # YAML has JSON in it
+        with self._path("log").open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603  fixed arguments, no shell
+                [executable, "serve", str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if self._answers():
+                return self._process.poll() is None
+            time.sleep(POLL_SECONDS)
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+        return False
+
+    def _answers(self) -> bool:
+        try:
+            self.ask("GET", "/v2/")
+        except OSError:
+            return False
+        except RuntimeError:
+            pass  # it answers, if only that it wants another token
+        return True
+
+    def _config(self) -> dict[str, Any]:
+        assert self._tls is not None
+        config: dict[str, Any] = {
+            "version": 0.1,
+            "log": {"level": "error"},
+            "storage": {"filesystem": {"rootdirectory": str(self._path("data"))}},
+            "http": {"addr": self.host, "secret": "not secret"},
+        }
+        if self._with_tls:
+            config["http"]["tls"] = {"certificate": str(self._tls.certificate), "key": str(self._tls.key)}
+        if self.auth is Auth.BASIC:
+            self._path("users").write_text(f"{BASIC_USER}:{_BASIC_HASH}\n")
+            config["auth"] = {"htpasswd": {"realm": SERVICE, "path": str(self._path("users"))}}
+        if self.auth is Auth.TOKEN:
+            config["auth"] = {
+                "token": {
+                    "realm": self.tokens.realm,
+                    "service": SERVICE,
+                    "issuer": ISSUER,
+                    "rootcertbundle": str(self._tls.ca),
+                }
+            }
+        return config
+
+    def _path(self, name: str) -> Path:
+        assert self._home is not None, "docker-registry runs only inside its context"
+        return self._home / name
+
+    def _log(self) -> str:
+        log = self._path("log")
+        return log.read_text(errors="replace") if log.exists() else ""
+
+
+class BlobFront:
+    """nginx before a registry: blobs are answered with a redirect to signed URLs of another origin, which end.
+
+    The signed place answers 400 to a request with credentials, as S3 does, 403 to a wrong signature and 410 after the
+    end (`secure_link`). `signed` counts the redirects; `lifetime` is in seconds. The URLs do not tell their end in a
+    way that clients know.
+    """
+
+    def __init__(self, registry: DockerRegistry) -> None:
+        self._registry = registry
+        self._secret = secrets.token_hex(16)
+        self.lifetime = 3600
+        self.signed = 0
+        self._signer: http.server.ThreadingHTTPServer | None = None
+        self._nginx: Nginx | None = None
+
+    def __enter__(self) -> Self:
+        assert not self._registry.base.startswith("https"), "the front speaks plain http to the registry"
+        self._signer = _serve(self._sign)
+        blobs = self._registry.blob_path("00").parents[2]
+        blobs.mkdir(parents=True, exist_ok=True)
+        config = f"""
+        absolute_redirect off;
+        proxy_http_version 1.1;
+        client_max_body_size 0;
+        location ~ ^/v2/.+/blobs/sha256:[0-9a-f]+$ {{
+            auth_request /may;
+            proxy_pass http://127.0.0.1:{self._signer.server_port};
+        }}
+        location = /may {{
+            internal;
+            proxy_method HEAD;
+            proxy_pass_request_body off;
+            proxy_set_header Content-Length "";
+            proxy_set_header Range "";
+            proxy_pass {self._registry.base}$request_uri;
+        }}
+        location /v2/ {{ proxy_pass {self._registry.base}; }}
+        location ~ ^/signed/([0-9a-f][0-9a-f])([0-9a-f]+)$ {{
+            if ($http_authorization) {{ return 400; }}
+            secure_link $arg_md5,$arg_until;
+            secure_link_md5 "$secure_link_expires$uri {self._secret}";
+            if ($secure_link = "") {{ return 403; }}
+            if ($secure_link = "0") {{ return 410; }}
+            alias {blobs}/$1/$1$2/data;
+        }}
+        """
+        try:
+            self._nginx = Nginx(blobs, server_config=config).__enter__()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End both servers."""
+        if self._nginx is not None:
+            self._nginx.stop()
+        if self._signer is not None:
+            _stop(self._signer)
+        self._nginx = self._signer = None
+
+    @property
+    def nginx(self) -> Nginx:
+        """Its log has every request."""
+        assert self._nginx is not None
+        return self._nginx
+
+    @property
+    def host(self) -> str:
+        """As refs name it."""
+        return f"127.0.0.1:{self.nginx.port}"
+
+    def signed_url(self, digest: str) -> str:
+        """A URL that ends `lifetime` seconds from now."""
+        path = f"/signed/{digest.removeprefix('sha256:')}"
+        until = int(time.time()) + self.lifetime
+        proof = hashlib.md5(f"{until}{path} {self._secret}".encode(), usedforsecurity=False).digest()
+        return f"http://localhost:{self.nginx.port}{path}?md5={_b64(proof)}&until={until}"
+
+    def _sign(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        self.signed += 1
+        location = self.signed_url(request.path.rpartition("/blobs/")[2])
+        _reply(request, 307, b"", {"Location": location})
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer to push: its bytes, media type, annotations, and other fields of its descriptor."""
+
+    data: bytes
+    media_type: str
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def titled(cls, path: str, data: bytes, media_type: str = "application/octet-stream") -> Layer:
+        """A file, as `oras push` makes of it."""
+        return cls(data, media_type, {TITLE: path})
+
+
+def push_blob(registry: DockerRegistry, repository: str, data: bytes) -> str:
+    """Upload a blob in the two steps of the distribution specification; its digest, `sha256:<hex>`."""
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    started = registry.ask("POST", f"/v2/{repository}/blobs/uploads/")
+    parts = urlsplit(started.getheader("Location") or "")
+    target = f"{parts.path}?{parts.query}&digest={digest}"
+    registry.ask("PUT", target, data, {"Content-Type": "application/octet-stream"})
+    return digest
+
+
+def push_manifest(registry: DockerRegistry, name: str, document: Mapping[str, Any]) -> str:
+    """Upload a manifest or index under `repository:tag` (or `repository`, by its digest only); its digest."""
+    repository, _, tag = name.partition(":")
+    raw = json.dumps(document, separators=(",", ":")).encode()
+    digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+    target = f"/v2/{repository}/manifests/{tag or digest}"
+    registry.ask("PUT", target, raw, {"Content-Type": str(document["mediaType"])})
+    return digest
+
+
+def push_ollama(registry: DockerRegistry, name: str, parts: Mapping[str, bytes] | Sequence[Layer]) -> str:
+    """Upload a model as Ollama does, under `namespace/model:tag`; the digest of its manifest.
+
+    `parts` is a mapping from the kind of a layer (`model`, `template`, …) to its bytes, or layers for what that cannot say.
+    """
+    layers = parts
+    if isinstance(layers, Mapping):
+        layers = [Layer(data, OLLAMA + kind) for kind, data in layers.items()]
+    config = Layer(b'{"model_format":"gguf","model_family":"llama"}', DOCKER_CONFIG)
+    return push_manifest(registry, name, _manifest(registry, name, DOCKER_MANIFEST, config, layers))
+
+
+def push_oci(
+    registry: DockerRegistry,
+    name: str,
+    layers: Sequence[Layer],
+    *,
+    artifact_type: str = "application/vnd.cncf.model.manifest.v1+json",
+    config_type: str = "application/vnd.oci.empty.v1+json",
+) -> str:
+    """Upload an OCI artifact under `repository:tag`; the digest of its manifest."""
+    manifest = _manifest(registry, name, OCI_MANIFEST, Layer(b"{}", config_type), layers)
+    if artifact_type:
+        manifest["artifactType"] = artifact_type
+    return push_manifest(registry, name, manifest)
+
+
+def push_index(registry: DockerRegistry, name: str, manifests: Sequence[Mapping[str, Any]]) -> str:
+    """Upload an index of manifests that are there, each given as its descriptor (`mediaType` may be left out)."""
+    listed = [{"mediaType": OCI_MANIFEST, "size": 1, **item} for item in manifests]
+    return push_manifest(registry, name, {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": listed})
+
+
+def write_docker_config(path: Path, host: str, user: str, password: str) -> Path:
+    """A config.json as `docker login` writes it without a helper."""
+    auth = base64.b64encode(f"{user}:{password}".encode()).decode()
+    path.touch(mode=0o600)
+    path.write_text(json.dumps({"auths": {host: {"auth": auth}}}))
+    return path
+
+
+def _manifest(
+    registry: DockerRegistry, name: str, kind: str, config: Layer, layers: Sequence[Layer]
+) -> dict[str, Any]:
+    repository = name.partition(":")[0]
+
+    def descriptor(layer: Layer) -> dict[str, Any]:
+        digest = push_blob(registry, repository, layer.data)
+        fields: dict[str, Any] = {"mediaType": layer.media_type, "digest": digest, "size": len(layer.data)}
+        if layer.annotations:
+            fields["annotations"] = dict(layer.annotations)
+        return {**fields, **layer.more}
+
+    return {
+        "schemaVersion": 2,
+        "mediaType": kind,
+        "config": descriptor(config),
+        "layers": [descriptor(layer) for layer in layers],
+    }
+
+
+def _serve(answer: Any) -> http.server.ThreadingHTTPServer:
+    """A server in a thread that answers GET by `answer(request handler)`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:  # noqa: N802  the library's name
+            answer(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), daemon=True).start()
+    return server
+
+
+def _stop(server: http.server.ThreadingHTTPServer) -> None:
+    server.shutdown()
+    server.server_close()
+
+
+def _reply(
+    request: http.server.BaseHTTPRequestHandler,
+    status: int,
+    body: bytes,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    request.send_response(status)
+    for name, value in (headers or {}).items():
+        request.send_header(name, value)
+    request.send_header("Content-Type", "application/json")
+    request.send_header("Content-Length", str(len(body)))
+    request.end_headers()
+    request.wfile.write(body)
+
+
+def _basic_of(header: str | None) -> tuple[str, str]:
+    """User and password of an `Authorization: Basic` header; empty if there is none."""
+    if header is None or not header.startswith("Basic "):
+        return "", ""
+    user, _, password = base64.b64decode(header.removeprefix("Basic ")).decode().partition(":")
+    return user, password
+
+
+def _b64(data: bytes) -> str:
+    """base64url without padding, as in JWTs and secure_link."""
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
