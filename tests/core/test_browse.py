@@ -78,7 +78,9 @@ kinds = st.sampled_from(["models", "datasets", "spaces"])
 revisions = st.sampled_from(["main", "refs/pr/1", "v1.0"])
 hosts = st.sampled_from(["registry.ollama.ai", "hf.co", "localhost:5000"])
 names = st.one_of(
-    st.builds(lambda kind, org, name, rev: HubName(kind, f"{org}/{name}", rev).tree, kinds, part, part, revisions),
+    st.builds(
+        lambda kind, org, name, rev: HubName(kind, f"{org}/{name}", rev).tree, kinds, part, part, revisions
+    ),
     st.builds(lambda host, ns, model, tag: OllamaName(host, ns, model, tag).tree, hosts, part, part, part),
     st.builds(lambda a, b, tag: OciName("docker.io", f"{a}/{b}", tag).tree, part, part, part).map(
         lambda tree: tree.lower().replace("_", "0")

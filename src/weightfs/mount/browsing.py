@@ -1,12 +1,12 @@
 """Naming a path is enough: a lookup below `models/` of what is not pinned asks the origin, and pins it.
 
-Rules. Only a lookup asks, and only of a name that `core.browse` takes for a ref; readdir, getattr and every name that is
-known never do. One request for one ref at a time, whoever waits for it; none again within the time to live of its answer.
-ENOENT is said only if the origin said that there is no such thing, or if nobody could have it; what went wrong on the way is
-another errno, and is tried again after a few seconds. A lookup waits for a bounded time, since it cannot be killed.
-Directories on the way to refs are virtual: they have a number as soon as they are looked up, and are in no listing. All
-memory is bounded, least recently used first out: who then comes with a forgotten number gets ESTALE, on which
-the kernel looks the path up again.
+Rules. Only a lookup asks, and only of a name that `core.browse` takes for a ref; readdir, getattr and every name that
+is known never do. One request for one ref at a time, whoever waits for it; none again within the time to live of its
+answer. ENOENT is said only if the origin said that there is no such thing, or if nobody could have it; what went wrong
+on the way is another errno, and is tried again after a few seconds. A lookup waits for a bounded time, since it cannot
+be killed. Directories on the way to refs are virtual: they have a number as soon as they are looked up, and are in no
+listing. All memory is bounded, least recently used first out: who then comes with a forgotten number gets ESTALE, on
+which the kernel looks the path up again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from weightfs.mount.inodes import DirNode, Namespace, empty_directory
 from weightfs.mount.ports import MountedEngine
 
 MODELS: Final = "models"  # the layout whose paths can be browsed
-BRIEFLY: Final = 3.0  # seconds: a loop of `ls` on a dead network makes twenty requests a minute, not thousands
+BRIEFLY: Final = (
+    3.0  # seconds: a loop of `ls` on a dead network makes twenty requests a minute, not thousands
+)
 DIRECTORIES: Final = 4096  # virtual ones; about 1 MB
 ANSWERS: Final = 4096  # remembered; about 1 MB
 AT_ONCE: Final = 8  # requests; a walk over guessed names does not take the fetches' place
@@ -116,7 +118,9 @@ class Browser:
         known = self._answers.get(ref.text)
         if known is not None and trio.current_time() < known.until:
             self._answers.move_to_end(ref.text)
-            return known.errno or errno.ENOENT  # pinned, and removed since: it is not fetched behind one's back
+            return (
+                known.errno or errno.ENOENT
+            )  # pinned, and removed since: it is not fetched behind one's back
         request = self._requests.get(ref.text)
         if request is not None:
             await request.done.wait()

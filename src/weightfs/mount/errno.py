@@ -1,4 +1,4 @@
-"""The only errno tables: which number a reader sees for each reason that its bytes, or what a name is, could not be had.
+"""The only errno tables: which number is seen for each reason that bytes, or what a name is, could not be had.
 
 Never EINTR (callers retry it for ever), never ENOENT for anything transient, never EAGAIN (a blocking reader
 spins).

@@ -271,7 +271,13 @@ def _link_up(placed: dict[str, Item], number: Callable[[bytes, int], int]) -> di
         order = _offsets(names, number)
         parent = path.rpartition("/")[0]
         nodes[inos[path]] = DirNode(
-            inos[path], inos[parent], path, subdirectories.get(path, 0), names, tuple(order), tuple(order.values())
+            inos[path],
+            inos[parent],
+            path,
+            subdirectories.get(path, 0),
+            names,
+            tuple(order),
+            tuple(order.values()),
         )
     return nodes
 

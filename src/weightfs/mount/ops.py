@@ -1,11 +1,11 @@
 """A thin pyfuse3 skin: kernel requests in, the namespace's and the engine's answers out.
 
 Rules: nothing but FUSEError and Answered leaves a handler (anything else would end pyfuse3's loop and with it the
-mount). Only `read` waits, and `lookup` where browsing is on. `open` never fails for reasons of data. A handle's number is its inode's, so that it can be
-told again after a restart, and what is open stays readable when its name is gone. Inodes never change
-content: `keep_cache`. A blob whose file the kernel may read itself is shown under its other inode number (see
-`passthrough`); whoever has it open by the first goes on with that. What is left out (flush, fsync, poll …) pyfuse3
-answers ENOSYS, once: the kernel then does without it for good.
+mount). Only `read` waits, and `lookup` where browsing is on. `open` never fails for reasons of data. A handle's number
+is its inode's, so that it can be told again after a restart, and what is open stays readable when its name is gone.
+Inodes never change content: `keep_cache`. A blob whose file the kernel may read itself is shown under its other inode
+number (see `passthrough`); whoever has it open by the first goes on with that. What is left out (flush, fsync, poll …)
+pyfuse3 answers ENOSYS, once: the kernel then does without it for good.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ class WeightOperations(pyfuse3.Operations):
         node = self._namespace.lookup(parent_inode, _text(name))
         if node is None and self._browser is not None:
             node = await self._browser.find(self._namespace, parent_inode, _text(name))
-            node = node or self._namespace.lookup(parent_inode, _text(name))  # another tree, if it is pinned now
+            node = node or self._namespace.lookup(
+                parent_inode, _text(name)
+            )  # another tree, if it is pinned now
         if node is None:
             raise FUSEError(errno.ENOENT)
         return self._attributes(node, self._shown(node))

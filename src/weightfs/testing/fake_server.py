@@ -11,13 +11,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from weightfs.app.daemon import LAYOUTS
-from weightfs.errors import FailureKind, MountError
+from weightfs.errors import FailureKind, MountError, SourceError
 from weightfs.mount.serve import serve
 from weightfs.mount.session import MountOptions
 from weightfs.mount.stats import MountStats
@@ -100,7 +101,7 @@ class Server:
     def command(self, do: str, **arguments: Any) -> dict[str, Any]:
         """`stats`; a method of the engine; `set` (fields of a file); `busy` (how long each heartbeat blocks).
 
-        `put` takes what `shelf.take` reads, and `present`.
+        `put` and `offer` (to who browses) take what `shelf.take` reads, `deny` a ref and the kind of failure.
         """
         match do:
             case "stats":
@@ -120,7 +121,7 @@ class Server:
                 self.engine.fail(arguments["name"], None if kind is None else FailureKind(kind), chunk)
             case "add":
                 self.engine.add(arguments["files"].items(), present=arguments.get("present", 0.0))
-            case "put" | "unpin":
+            case "put" | "unpin" | "offer" | "deny" | "hold_browse" | "let_browse_go":
                 self._shelve(do, arguments)
             case "remove" | "hold" | "let_go" | "complete" | "spoil":
                 getattr(self.engine, do)(arguments["name"])
@@ -129,15 +130,30 @@ class Server:
         return {}
 
     def _shelve(self, do: str, arguments: dict[str, Any]) -> None:
-        if do == "unpin":
-            self.engine.unpin(arguments["ref"])
-        else:
-            shelved = take(arguments)
-            self.engine.put(shelved.manifest, shelved.contents, present=arguments.get("present", 0.0))
+        engine = self.engine
+        match do:
+            case "unpin":
+                engine.unpin(arguments["ref"])
+            case "put":
+                shelved = take(arguments)
+                engine.put(shelved.manifest, shelved.contents, present=arguments.get("present", 0.0))
+            case "offer":
+                shelved = take(arguments)
+                engine.offers[shelved.manifest.ref] = partial(engine.put, shelved.manifest, shelved.contents)
+            case "deny":
+                kind = FailureKind(arguments["kind"])
+                engine.offers[arguments["ref"]] = SourceError("it fails on purpose", kind=kind)
+            case "hold_browse":
+                engine.browsing = trio.Event()
+            case _:
+                gate, engine.browsing = engine.browsing, None
+                if gate is not None:
+                    gate.set()
 
     def _tell(self) -> dict[str, Any]:
         return {
             "beats": self.beats,
+            "asked": self.engine.asked,
             "waiting": self.engine.waiting,
             "most_waiting": self.engine.most_waiting,
             "reads": self.stats.reads,

@@ -20,7 +20,6 @@ import hashlib
 import http.client
 import http.server
 import json
-import os
 import secrets
 import shutil
 import ssl
@@ -28,7 +27,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -45,7 +44,7 @@ from weightfs.testing.nginx import POLL_SECONDS, START_ATTEMPTS, START_SECONDS, 
 from weightfs.testing.tls import TlsFiles, make_tls
 
 SERVICE, ISSUER = "weightfs test registry", "weightfs test token server"
-BASIC_USER, BASIC_PASSWORD = "ann", "correct horse"  # noqa: S105  a test's
+BASIC_USER, BASIC_PASSWORD = "ann", "correct horse"
 # bcrypt, which Python's library cannot make any more.
 _BASIC_HASH = "$2b$05$sIRQqa/A8GcevonKl.vYxOiF3G9t1kzdFzBD3sdCl8DQoUyQ4Ph2S"
 
@@ -514,7 +513,7 @@ def _serve(answer: Any) -> http.server.ThreadingHTTPServer:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:  # noqa: N802  the library's name
+        def do_GET(self) -> None:
             answer(self)
 
         def log_message(self, *_: object) -> None:
