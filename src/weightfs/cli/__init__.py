@@ -10,6 +10,7 @@ import weightfs
 from weightfs.cli.adding import add, pin, unpin, update
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
 from weightfs.cli.keeping import rm, verify
+from weightfs.cli.linking import env, link
 from weightfs.cli.looking import ls, status
 from weightfs.cli.mapping import map_
 from weightfs.cli.mounting import mount, umount
@@ -55,7 +56,7 @@ def cli() -> None:
 
 for command in (
     *(mount, umount, add, pull, update, pin, unpin),
-    *(status, ls, map_, verify, rm, publish),
+    *(status, ls, map_, verify, rm, link, env, publish),
 ):
     cli.add_command(command)
 

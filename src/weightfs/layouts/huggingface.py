@@ -9,14 +9,13 @@ list shows absent. All refs of one repository make one tree.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 from weightfs.core.hub import SCHEME, HubName, parse_hub
+from weightfs.core.hubtree import is_commit, read_raw
 from weightfs.core.manifest import Blob, Manifest
 from weightfs.layouts.base import Dir, File, Inline, Item, Link
 
@@ -66,7 +65,6 @@ OPTIONAL_FILES: Final = (
 )
 
 _PREFIX: Final = f"{SCHEME}://"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LISTINGS: Final = 64  # lists of revisions whose outcome is remembered; one of 10,000 files takes a few MB
 
 
@@ -91,7 +89,7 @@ class _Repository:
     def add(self, name: HubName, manifest: Manifest) -> None:
         listing = _listing(manifest.raw)
         commit = manifest.revision if listing is None else listing.commit
-        if not _COMMIT.fullmatch(commit):
+        if not is_commit(commit):
             return
         if listing is not None:
             self.listings.setdefault(commit, listing)
@@ -153,21 +151,11 @@ def _etag(blob: Blob) -> str:
 @lru_cache(maxsize=_LISTINGS)
 def _listing(raw: bytes) -> _Listing | None:
     """What follows from `Manifest.raw` of a revision; None if there is none that could be read."""
-    found = read_raw(raw)
-    if found is None:
-        return None
-    commit, files = found
-    tree = {"format_version": TREE_FORMAT, "files": {path: dict(files[path]) for path in sorted(files)}}
-    absent = tuple(path for path in OPTIONAL_FILES if path not in files)
-    return _Listing(commit, json.dumps(tree, separators=(",", ":")).encode(), absent)
-
-
-def read_raw(raw: bytes) -> tuple[str, Mapping[str, Mapping[str, Any]]] | None:
-    """(commit, path → size, blob_id, lfs_sha256?, lfs_size?, xet_hash?) of a Hub manifest's `raw`, or None."""
     try:
-        document = json.loads(raw)
-        commit, files = document["sha"], document["files"]
-    except (ValueError, KeyError, TypeError):
+        tree = read_raw(raw)
+    except ValueError:
         return None
-    sound = isinstance(commit, str) and isinstance(files, dict)
-    return (commit, files) if sound and all(isinstance(info, dict) for info in files.values()) else None
+    paths = {file.path for file in tree.files}
+    absent = tuple(path for path in OPTIONAL_FILES if path not in paths)
+    # Both documents have the same files, in the same words; ours begins with the commit instead of the version.
+    return _Listing(tree.sha, b'{"format_version":%d,%s' % (TREE_FORMAT, tree.raw.partition(b",")[2]), absent)

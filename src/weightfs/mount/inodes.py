@@ -82,10 +82,14 @@ class LinkNode:
 
 @dataclass(frozen=True, slots=True)
 class DirNode:
-    """A directory. `cookies[i]` is the offset of `names[i]`, ascending; it depends on the name alone."""
+    """A directory. `cookies[i]` is the offset of `names[i]`, ascending; it depends on the name alone.
+
+    `path` is below the mount's root, and empty for that.
+    """
 
     ino: int
     parent: int
+    path: str
     subdirectories: int
     children: dict[str, int] = field(repr=False)
     cookies: tuple[int, ...] = field(repr=False)
@@ -95,6 +99,11 @@ class DirNode:
 BlobNode = FileNode | SliceNode
 RegularNode = BlobNode | InlineNode
 Node = RegularNode | LinkNode | DirNode
+
+
+def empty_directory(path: str, parent: int) -> DirNode:
+    """A directory that no layout knows, under the number that it will have once one does."""
+    return DirNode(number_of(_key(path, Dir()), 0) & ~DIRECT, parent, path, 0, {}, (), ())
 
 
 def number_of(key: bytes, attempt: int) -> int:
@@ -262,7 +271,13 @@ def _link_up(placed: dict[str, Item], number: Callable[[bytes, int], int]) -> di
         order = _offsets(names, number)
         parent = path.rpartition("/")[0]
         nodes[inos[path]] = DirNode(
-            inos[path], inos[parent], subdirectories.get(path, 0), names, tuple(order), tuple(order.values())
+            inos[path],
+            inos[parent],
+            path,
+            subdirectories.get(path, 0),
+            names,
+            tuple(order),
+            tuple(order.values()),
         )
     return nodes
 

@@ -1,11 +1,11 @@
 """A thin pyfuse3 skin: kernel requests in, the namespace's and the engine's answers out.
 
 Rules: nothing but FUSEError and Answered leaves a handler (anything else would end pyfuse3's loop and with it the
-mount). Only `read` waits. `open` never fails for reasons of data. A handle's number is its inode's, so that it can be
-told again after a restart, and what is open stays readable when its name is gone. Inodes never change
-content: `keep_cache`. A blob whose file the kernel may read itself is shown under its other inode number (see
-`passthrough`); whoever has it open by the first goes on with that. What is left out (flush, fsync, poll …) pyfuse3
-answers ENOSYS, once: the kernel then does without it for good.
+mount). Only `read` waits, and `lookup` where browsing is on. `open` never fails for reasons of data. A handle's number
+is its inode's, so that it can be told again after a restart, and what is open stays readable when its name is gone.
+Inodes never change content: `keep_cache`. A blob whose file the kernel may read itself is shown under its other inode
+number (see `passthrough`); whoever has it open by the first goes on with that. What is left out (flush, fsync, poll …)
+pyfuse3 answers ENOSYS, once: the kernel then does without it for good.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import Blob
 from weightfs.errors import ReadError
 from weightfs.mount.attributes import PAGE, Attributes, extended
+from weightfs.mount.browsing import Browser
 from weightfs.mount.errno import errno_of
 from weightfs.mount.inodes import (
     DIRECT,
@@ -103,6 +104,7 @@ class WeightOperations(pyfuse3.Operations):
         stats: MountStats,
         on_init: Callable[[], None],
         passthrough: Passthrough | None = None,
+        browser: Browser | None = None,
     ) -> None:
         super().__init__()
         self.stats = stats
@@ -110,6 +112,7 @@ class WeightOperations(pyfuse3.Operations):
         self._namespace = namespace
         self._on_init = on_init
         self._passthrough = passthrough or Passthrough()
+        self._browser = browser
         self._open: dict[int, _Open] = {}
         self._kept: set[int] = set()  # inodes whose pages in the kernel are of the blob as it is pinned now
         self._penance = Penance()
@@ -125,6 +128,8 @@ class WeightOperations(pyfuse3.Operations):
     def stop_holding(self) -> None:
         """From now on failing reads are answered at once: the mount is about to go."""
         self._stopping.set()
+        if self._browser is not None:
+            self._browser.stop()
 
     def init(self) -> None:
         """Called by libfuse when its half of the handshake is done."""
@@ -141,6 +146,11 @@ class WeightOperations(pyfuse3.Operations):
         if private is not None and parent_inode == ROOT and _text(name) == private.name:
             return self._about.private(private)
         node = self._namespace.lookup(parent_inode, _text(name))
+        if node is None and self._browser is not None:
+            node = await self._browser.find(self._namespace, parent_inode, _text(name))
+            node = node or self._namespace.lookup(
+                parent_inode, _text(name)
+            )  # another tree, if it is pinned now
         if node is None:
             raise FUSEError(errno.ENOENT)
         return self._attributes(node, self._shown(node))
@@ -177,6 +187,8 @@ class WeightOperations(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Names with their attributes (READDIRPLUS), from the newest tree that has the directory."""
         node = self._namespace.node(fh)
+        if node is None and self._browser is not None:
+            node = self._browser.directory(fh)
         if not isinstance(node, DirNode):
             return  # the directory is gone: it has no more entries
         for offset, name, child in self._namespace.listing(node, start_id):
@@ -373,6 +385,8 @@ class WeightOperations(pyfuse3.Operations):
 
     def _node(self, inode: int) -> Node:
         node = self._namespace.node(inode)
+        if node is None and self._browser is not None:
+            node = self._browser.directory(inode)
         if node is None:
             held = self._open.get(inode)
             if held is None:

@@ -16,7 +16,8 @@ import trio
 
 from weightfs.core.geometry import BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror, Trust
-from weightfs.errors import FailureKind, ReadError
+from weightfs.core.ref import Ref
+from weightfs.errors import FailureKind, ReadError, SourceError
 
 PERIOD = 65_521
 TREE = "https/fake.example"
@@ -93,6 +94,9 @@ class FakeEngine:
         self._by_id: dict[BlobId, FakeFile] = {}
         self._ending = trio.Event()
         self._others: dict[str, Manifest] = {}
+        self.offers: dict[str, Callable[[], None] | Exception] = {}  # what an origin has, or says instead
+        self.asked: list[str] = []  # of origins, in order
+        self.browsing: trio.Event | None = None  # answers about names wait for it
 
     # --- the test's side
 
@@ -126,6 +130,11 @@ class FakeEngine:
             if present == 1.0:
                 self._keep(file)
         self._others[manifest.ref] = manifest
+        self.on_change()
+
+    def unpin(self, ref: str) -> None:
+        """Forget a manifest that was put; its bytes stay known."""
+        del self._others[ref]
         self.on_change()
 
     def complete(self, name: str) -> None:
@@ -202,6 +211,20 @@ class FakeEngine:
         """Count handles."""
         if id in self._by_id:
             self._by_id[id].handles -= 1
+
+    async def browse(self, ref: Ref) -> None:
+        """Pin what is offered, once `browsing` allows it. SourceError if nothing is."""
+        self.asked.append(str(ref))
+        if self.browsing is not None:
+            await self.browsing.wait()
+        offer = self.offers.get(str(ref))
+        match offer:
+            case None:
+                raise SourceError(f"there is no {ref}", kind=FailureKind.NOT_FOUND)
+            case Exception():
+                raise offer
+            case _:
+                offer()
 
     async def read(self, id: BlobId, span: ByteSpan) -> bytes:  # noqa: A002 - the contract's name
         """Wait, fail or give bytes, as the file is told to."""

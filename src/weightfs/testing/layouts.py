@@ -9,6 +9,7 @@ from typing import Any
 
 from weightfs.core.geometry import BlobShape, ByteSpan
 from weightfs.core.hub import parse_hub
+from weightfs.core.hubtree import HubFile, HubTree
 from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror, check_path
 from weightfs.core.ollama import parse_ollama
 from weightfs.layouts.base import Dir, File, Inline, Item, Layout, Link
@@ -55,18 +56,17 @@ def hub_manifest(
     """The manifest of `hf://<name>` at `commit`, with those of `files` that it selects; `others` are never selected."""
     parsed = parse_hub(name)
     everything = {**files, **(others or {})}
-    listing = {path: _listed(path, everything[path]) for path in sorted(everything)}
-    raw = json.dumps({"sha": commit, "files": listing}, separators=(",", ":")).encode()
+    tree = HubTree(commit, tuple(_listed(path, everything[path]) for path in sorted(everything)))
     entries = tuple(Entry(path, blob) for path, blob in files.items() if parsed.selects(path))
-    return Manifest(f"hf://{parsed}", commit, parsed.tree, entries, raw)
+    return Manifest(f"hf://{parsed}", commit, parsed.tree, entries, tree.raw)
 
 
-def _listed(path: str, blob: Blob) -> dict[str, Any]:
+def _listed(path: str, blob: Blob) -> HubFile:
     pointer = hashlib.sha1(path.encode(), usedforsecurity=False).hexdigest()
     if blob.git_sha1 is not None:
-        return {"size": blob.size, "blob_id": blob.git_sha1.hex()}
+        return HubFile(path, blob.size, blob.git_sha1.hex())
     assert blob.sha256 is not None
-    return {"size": blob.size, "blob_id": pointer, "lfs_sha256": blob.sha256.hex(), "lfs_size": blob.size}
+    return HubFile(path, blob.size, pointer, blob.sha256.hex(), blob.size)
 
 
 def git_blob(name: str, size: int = 100) -> Blob:
