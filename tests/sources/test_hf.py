@@ -231,6 +231,7 @@ async def test_the_same_content_is_one_blob(hub: Hub) -> None:
     assert blobs["a.bin"] is blobs["b.bin"]
     assert blobs["c.txt"] is blobs["d.txt"]
     assert blobs["a.bin"].id != blobs["c.txt"].id
+    assert blobs["b.bin"].mirrors[0].url.endswith("/a.bin")
 
 
 async def test_bytes_of_both_kinds_of_files(hub: Hub, repo: Repo) -> None:
@@ -662,7 +663,7 @@ entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(
     info=st.just({"sha": "12" * 20})
     | st.fixed_dictionaries({"sha": json_values, "gated": json_values})
