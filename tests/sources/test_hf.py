@@ -454,6 +454,7 @@ async def test_a_log_in_page_is_not_an_answer(hub: Hub, repo: Repo, which: str) 
         b'{"sha": "' + b"ab" * 20,
         b"[" * 100_000,
         b"\xff\xfe",
+        b'{"sha": "' + b"ab" * 20 + b'", "x": [' + b"{}," * 500_001 + b"0]}",
     ],
 )
 async def test_a_revision_that_is_none(hub: Hub, repo: Repo, info: bytes) -> None:
@@ -474,12 +475,14 @@ async def test_a_million_files_are_refused(hub: Hub, repo: Repo) -> None:
     hub.script(path, Answer(200, (), b"[" + b",".join([entry] * 1_000_000) + b"]"))
     error = await refused(hub, "org/name")
     assert str(MAX_PAGE_BYTES) in str(error)
+    hub.script(path, Answer(200, (), b"[" + b",".join([b"{}"] * 1_000_000) + b"]"))
+    assert "values" in str(await refused(hub, "org/name"))
     # In pages that are small enough: no more of them are asked for than can count.
     small = b"[" + b",".join([b"{}"] * 50_000) + b"]"
     hub.script(path, *[Answer(200, (("Link", f'<{path}?c={n}>; rel="next"'),), small) for n in range(20)])
     error = await refused(hub, "org/name")
     assert str(MAX_ENTRIES) in str(error)
-    assert len(hub.requests("/tree/")) == 1 + MAX_ENTRIES // 50_000 + 1
+    assert len(hub.requests("/tree/")) == 2 + MAX_ENTRIES // 50_000 + 1
     assert MAX_PAGES * 100 == MAX_ENTRIES
 
 
