@@ -10,7 +10,9 @@ import weightfs
 from weightfs.cli.adding import add, pin, unpin, update
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
 from weightfs.cli.keeping import rm, verify
+from weightfs.cli.linking import env, link
 from weightfs.cli.looking import ls, status
+from weightfs.cli.mapping import map_
 from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
 from weightfs.cli.pulling import pull
@@ -52,7 +54,10 @@ def cli() -> None:
     """
 
 
-for command in (mount, umount, add, pull, update, pin, unpin, status, ls, verify, rm, publish):
+for command in (
+    *(mount, umount, add, pull, update, pin, unpin),
+    *(status, ls, map_, verify, rm, link, env, publish),
+):
     cli.add_command(command)
 
 
