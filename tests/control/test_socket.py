@@ -229,6 +229,11 @@ async def test_a_fault_of_ours_ends_one_answer_and_not_the_daemon(
         ("POST", "/v1/verify", b'{"repair": 1}', 400, "'repair'"),
         ("GET", "/v1/jobs/nope", b"", 400, "no job"),
         ("GET", "/v1/jobs/nope?wait=soon", b"", 400, "'wait'"),
+        ("GET", "/v1/details", b"", 400, "'ref'"),
+        ("GET", "/v1/details?ref=https://h/m&fetch=1", b"", 400, "'fetch'"),
+        ("GET", "/v1/map?by=layer", b"", 400, "'ref'"),
+        ("GET", "/v1/map?ref=https://h/m&by=colour", b"", 400, "'by'"),
+        ("GET", "/v1/map?ref=https://h/m", b"", 400, "not in the cache"),
         ("GET", "/v2/status", b"", 404, "/v2/status"),
         ("PUT", "/v1/refs", b"", 404, "PUT"),
     ],
@@ -241,6 +246,32 @@ async def test_bad_requests(
         assert answer.status_code == status
         assert says in answer.json()["error"]
         assert answer.json()["exit_code"] == UsageError.exit_code
+
+
+async def test_what_is_known_of_a_ref_and_where_its_tensors_lie(tmp_path: Path) -> None:
+    ref = "https://models.example.com/m.gguf?a=b&c=ü#sha256=" + "0" * 64
+    async with connected(tmp_path) as (one, client):
+        name = (await client.add(ref))["ref"]
+        for fetch in (False, True):
+            (model,) = (await client.details(ref, fetch=fetch))["models"]
+            assert model == {"name": "m.gguf", "format": "gguf", "tensor_count": int(fetch), "files": []}
+            document = await client.tensor_map(ref, layers=fetch, fetch=fetch)
+            by = "layer" if fetch else "tensor"
+            assert document == {"ref": name, "by": by, "files": [], "fetch": fetch}
+        one.engine.error = KeyError(name)
+        with pytest.raises(RefError, match="removed meanwhile"):
+            await client.details(ref)
+
+
+async def test_headers_that_do_not_come_are_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr(FakeControlEngine, "details", lambda *_, **__: trio.sleep_forever())
+    async with fake_operations(tmp_path) as (_, operations):
+        await operations.add(REF)
+        with pytest.raises(SourceError, match="try again") as caught:
+            await operations.details(REF)
+        assert caught.value.kind is FailureKind.TIMEOUT
 
 
 async def test_a_fill_is_a_job(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ async def opened(
     root: Path, settings: EngineSettings = LAZY
 ) -> AsyncIterator[tuple[Engine, Origin, Ref, BlobId]]:
     async with published_origin(DATA) as (origin, ref), running_engine(root, settings) as engine:
-        blob = (await engine.add(ref)).entries[0].blob.id
+        blob = (await engine.add(ref, headers=False)).entries[0].blob.id
         with trio.fail_after(SECONDS):
             yield engine, origin, ref, blob
 
@@ -145,7 +145,9 @@ async def test_readers_of_a_removed_model_are_told_so(tmp_path: Path) -> None:
         state = engine._catalog.state(blob)
         await engine.remove(str(ref))
         with pytest.raises(ReadError) as caught:
-            await engine._reader._read_slowly(state, ByteSpan(0, SIZE), state.shape.chunks)
+            await engine._reader._read_slowly(
+                state, ByteSpan(0, SIZE), state.shape.chunks, engine._reader._observe
+            )
         assert caught.value.kind is FailureKind.CANCELLED
         await engine.add(ref)
         state.present.clear()

@@ -30,7 +30,9 @@ from weightfs.core.retry import delay, is_permanent
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings
 from weightfs.errors import MountError, SourceError, WeightfsError
+from weightfs.layouts.huggingface import HuggingFaceLayout
 from weightfs.layouts.models import ModelsLayout
+from weightfs.layouts.ollama import OllamaLayout
 from weightfs.logs import redact
 from weightfs.mount import mounttable
 from weightfs.mount.serve import Mounted, serve
@@ -41,6 +43,7 @@ FIRST_ANSWERS: Final = 30.0  # seconds
 RESOLVE_AT_ONCE: Final = 4
 RETRY_BASE: Final = 1.0
 RETRY_CAP: Final = 60.0
+LAYOUTS: Final = (ModelsLayout(), OllamaLayout(), HuggingFaceLayout())
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +106,7 @@ async def _mount(
     task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve, and end everything when somebody unmounts from outside."""
-    await serve(order.mountpoint, engine, [ModelsLayout()], order.mount, task_status=task_status)
+    await serve(order.mountpoint, engine, LAYOUTS, order.mount, task_status=task_status)
     log.info("%s was unmounted", order.mountpoint)
     scope.cancel()
 

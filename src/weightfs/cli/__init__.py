@@ -11,7 +11,9 @@ from weightfs.cli.adding import add, pin, unpin, update
 from weightfs.cli.cleaning import gc
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
 from weightfs.cli.keeping import rm, verify
+from weightfs.cli.linking import env, link
 from weightfs.cli.looking import ls, status
+from weightfs.cli.mapping import map_
 from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
 from weightfs.cli.pulling import pull
@@ -53,7 +55,10 @@ def cli() -> None:
     """
 
 
-for command in (mount, umount, add, pull, update, pin, unpin, status, ls, verify, gc, rm, publish):
+for command in (
+    *(mount, umount, add, pull, update, pin, unpin),
+    *(status, ls, map_, verify, gc, rm, link, env, publish),
+):
     cli.add_command(command)
 
 

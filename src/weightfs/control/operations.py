@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 # Resolving retries by itself; this bounds the sum, so that no request to the daemon waits for ever.
 ADD_BOUND: Final = 300.0  # seconds
+# The same for headers that are fetched on request: each file has its own bound, and a ref has many files.
+HEADERS_BOUND: Final = 300.0
 
 # What `status` says of a ref as a whole, beside the engine's word on each of its files.
 _SUMS: Final = ("size_bytes", "present_bytes", "complete", "trust")
@@ -144,6 +147,20 @@ class EngineOperations:
 
         return self._jobs.start("verify", names, work, lambda: dict(checked)).document()
 
+    async def details(self, ref: str, *, fetch: bool = False) -> Document:
+        """Look into headers."""
+        name = self._stored(_canonical(ref)).manifest.ref
+        with _headers_bound(name):
+            document: Document = to_json(await self._engine.details(name, fetch=fetch))
+        document["models"] = [{**model.pop("info"), **model} for model in document["models"]]
+        return document
+
+    async def tensor_map(self, ref: str, *, layers: bool = False, fetch: bool = False) -> Document:
+        """Look into headers and chunk sets."""
+        name = self._stored(_canonical(ref)).manifest.ref
+        with _headers_bound(name):
+            return await self._engine.tensor_map(name, layers=layers, fetch=fetch)
+
     async def job(self, job_id: str, *, wait: float) -> Document:
         """Poll."""
         return (await self._jobs.wait(job_id, wait)).document()
@@ -217,6 +234,21 @@ def _blob_document(blob: Blob, status: BlobStatusLike) -> Document:
         "digest": status.digest,
         "sources": to_json(list(status.sources)),
     }
+
+
+@contextlib.contextmanager
+def _headers_bound(ref: str) -> Iterator[None]:
+    """SourceError if reading headers takes too long; KeyError, where the ref was removed meanwhile, as RefError."""
+    try:
+        with trio.fail_after(HEADERS_BOUND):
+            yield
+    except trio.TooSlowError:
+        raise SourceError(
+            f"{ref}: its headers did not come within {HEADERS_BOUND:.0f} s; what came is kept, so try again",
+            kind=FailureKind.TIMEOUT,
+        ) from None
+    except KeyError:
+        raise RefError(f"{ref} was removed meanwhile; `weightfs ls` lists what is there") from None
 
 
 def _canonical(ref: str) -> str:

@@ -152,6 +152,14 @@ class EngineLike(Protocol):
         """A tree of frozen dataclasses."""
         ...
 
+    async def details(self, ref_text: str, /, *, fetch: bool = False) -> object:
+        """`engine.details.RefDetails`. KeyError."""
+        ...
+
+    async def tensor_map(self, ref_text: str, /, *, layers: bool = False, fetch: bool = False) -> Document:
+        """Tensors, or layers, file by file, as plain values. KeyError."""
+        ...
+
 
 class Operations(Protocol):
     """What can be asked of a cache. Every method may raise any WeightfsError."""
@@ -194,6 +202,17 @@ class Operations(Protocol):
 
     async def start_verify(self, refs: Sequence[str], *, repair: bool) -> Document:
         """Begin to re-hash what is cached of `refs` (of all, if empty); the job's document."""
+        ...
+
+    async def details(self, ref: str, *, fetch: bool = False) -> Document:
+        """What the headers of `ref`'s files say, and how much of each is cached and verified.
+
+        Cached headers only; with `fetch` those that are missing are fetched first.
+        """
+        ...
+
+    async def tensor_map(self, ref: str, *, layers: bool = False, fetch: bool = False) -> Document:
+        """Where each tensor of `ref`, or with `layers` each layer, lies, and how much of it is cached and verified."""
         ...
 
     async def job(self, job_id: str, *, wait: float) -> Document:

@@ -1,7 +1,7 @@
 """Names in OCI registries: `host/repository[:tag|@sha256:<hex>]`. Pure.
 
-What a repository and a tag may be: distribution specification, "Pulling manifests". `parse_oci(str(name)) == name`. The
-host is always said: which registry `ai/smollm2` means depends on whom you ask.
+What a repository and a tag may be: distribution specification, "Pulling manifests". The host is always said: which
+registry `ai/smollm2` means depends on whom you ask. Rule: `parse_oci(str(name)) == name`.
 """
 
 from __future__ import annotations

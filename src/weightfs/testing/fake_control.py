@@ -166,6 +166,19 @@ class FakeControlEngine:
         sizes = dict.fromkeys(("freed_bytes", "missing_bytes", "held_bytes"), 0)
         return {"dry_run": dry_run, "evicted": [], "limit_bytes": None, **sizes}
 
+    async def details(self, ref_text: str, *, fetch: bool = False) -> dict[str, Any]:
+        """Of one model; `fetch` comes back as its number of tensors."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        model = {"name": "m.gguf", "info": {"format": "gguf", "tensor_count": int(fetch)}, "files": []}
+        return {"ref": ref_text, "models": [model], "files": []}
+
+    async def tensor_map(self, ref_text: str, *, layers: bool = False, fetch: bool = False) -> dict[str, Any]:
+        """What was asked for."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        return {"ref": ref_text, "by": "layer" if layers else "tensor", "files": [], "fetch": fetch}
+
     def status(self) -> dict[str, Any]:
         """A small part of the engine's."""
         self._fail()
