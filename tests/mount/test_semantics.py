@@ -658,3 +658,33 @@ def test_s25_removing_a_ref_frees_what_only_it_had(world: World) -> None:
     known, unread = json.loads(world.daemon.finish(reader, "it is gone\n"))
     assert (known, unread) == (True, "EIO")
     until(lambda: world.daemon.run("print(os.path.exists(path))", ref) == "False", "the name is gone")
+
+
+def test_s26_limits_have_the_least_recently_used_evicted_and_never_what_is_open(tmp_path: Path) -> None:
+    refs, plains = [], []
+    for number in range(3):
+        plain = tmp_path / "origin" / f"{number}.bin"
+        plain.parent.mkdir(exist_ok=True)
+        plain.write_bytes(random.Random(number).randbytes(2 * MIB))
+        plains.append(plain)
+        refs.append(f"file://{plain}")
+    options = ["--fill", "never", "--workers", "0", "--max-size", "5MiB", "--min-free", "0"]
+    whole = "print(open(path, 'rb').read() == true(0, 2 << 20))"
+    with Daemon(tmp_path / "daemon", *refs, options=options) as daemon:
+        daemon.start()
+        held = daemon.client(
+            "fd = cold(); assert os.read(fd, 2 << 20) == true(0, 2 << 20); print('open', flush=True)\n"
+            "sys.stdin.readline(); print(os.pread(fd, 2 << 20, 0) == true(0, 2 << 20))",
+            refs[0],
+            plains[0],
+            talk=True,
+        )
+        assert held.stdout is not None
+        assert held.stdout.readline() == "open\n"
+        for number in (1, 2, 1, 2):
+            assert daemon.run(whole, refs[number], plains[number]) == "True"
+            assert daemon.status()["held_bytes"] <= 5 * MIB
+        assert daemon.file(refs[0])["present_bytes"] == 2 * MIB
+        assert daemon.file(refs[1])["present_bytes"] < 2 * MIB
+        assert daemon.run("print(os.stat(path).st_size)", refs[1]) == str(2 * MIB)
+        assert daemon.finish(held, say="\n") == "True"
