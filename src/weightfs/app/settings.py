@@ -80,6 +80,7 @@ def engine_settings(
         mirrors=tuple(PrefixRule(rule.prefix, rule.url, rule.priority) for rule in config.mirror),
         workers=default_workers() if config.workers is None else config.workers,
         fill=FillMode(config.fill) if fill is None else fill,
+        headers_first=True,
         policy=config.policy,
         read_timeout=config.read_timeout,
         readahead_bytes=config.readahead,
