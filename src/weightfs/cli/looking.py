@@ -178,7 +178,7 @@ def long_lines(refs: Sequence[Document]) -> list[str]:
     """One line per ref: trust, size, share that is present, ref; below it, indented, its paths."""
     from weightfs.units import format_size
 
-    rows = [(ref["trust"], format_size(ref["size_bytes"]), _share(ref), ref["ref"]) for ref in refs]
+    rows = [(ref["trust"], format_size(ref["size_bytes"]), _share(ref), _name(ref)) for ref in refs]
     lines = aligned(rows, right=(1, 2))
     result = []
     for line, ref in zip(lines, refs, strict=True):
@@ -211,7 +211,7 @@ def status_lines(document: Document) -> list[str]:
         lines.append(f"trouble: {document['trouble']}")
     lines.append("")
     rows = [
-        (ref["trust"], format_size(ref["size_bytes"]), _share(ref), ref["ref"]) for ref in document["refs"]
+        (ref["trust"], format_size(ref["size_bytes"]), _share(ref), _name(ref)) for ref in document["refs"]
     ]
     lines += aligned([("TRUST", "SIZE", "HERE", "REF"), *rows], right=(1, 2)) if rows else ["no refs"]
     for ref in document["refs"]:
@@ -240,6 +240,10 @@ def _file_lines(file: Document) -> list[str]:
                 f"{mirror['url']}: {mirror['faults']} faults, {mirror['mismatches']} wrong chunks{rate}"
             )
     return lines
+
+
+def _name(ref: Document) -> str:
+    return f"{ref['ref']} (pinned)" if ref.get("pinned") else str(ref["ref"])
 
 
 def _share(ref: Document) -> str:

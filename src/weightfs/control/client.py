@@ -57,6 +57,14 @@ class ControlClient:
         body = {"ref": ref, "refresh": refresh}
         return await _ask(self._http, self._cache, "POST", "/v1/refs", body, timeout=ADD_TIMEOUT)
 
+    async def update(self, ref: str) -> Document:
+        """Follow a tag."""
+        return await _ask(self._http, self._cache, "POST", "/v1/update", {"ref": ref}, timeout=ADD_TIMEOUT)
+
+    async def pin(self, ref: str, *, pinned: bool) -> Document:
+        """Keep whole, or no longer."""
+        return await _ask(self._http, self._cache, "POST", "/v1/pin", {"ref": ref, "pinned": pinned})
+
     async def remove(self, ref: str) -> Document:
         """Forget."""
         return await _ask(self._http, self._cache, "DELETE", "/v1/refs", {"ref": ref}, timeout=REMOVE_TIMEOUT)

@@ -34,6 +34,11 @@ class StoredRefLike(Protocol):
         """Revisions that the ref had before, latest first."""
         ...
 
+    @property
+    def pinned(self) -> bool:
+        """It is to be kept whole."""
+        ...
+
 
 class BlobStatusLike(Protocol):
     """`engine.status.BlobStatus`."""
@@ -78,11 +83,43 @@ class VerifyReportLike(Protocol):
         ...
 
 
+class RefUpdateLike(Protocol):
+    """`engine.status.RefUpdate`."""
+
+    @property
+    def ref(self) -> str:
+        """As it is known."""
+        ...
+
+    @property
+    def old_revision(self) -> str:
+        """What it was."""
+        ...
+
+    @property
+    def new_revision(self) -> str:
+        """What it is now."""
+        ...
+
+    @property
+    def outcome(self) -> str:
+        """`unchanged`, `updated` or `rolled back`."""
+        ...
+
+
 class EngineLike(Protocol):
     """The part of `engine.Engine` that control uses."""
 
     async def add(self, ref: Ref, /, *, refresh: bool = False) -> Manifest:
         """Resolve and pin."""
+        ...
+
+    async def update(self, ref_text: str, /) -> RefUpdateLike:
+        """Ask again, and follow. KeyError."""
+        ...
+
+    async def pin(self, ref_text: str, /, *, pinned: bool) -> None:
+        """Keep whole, or no longer. KeyError."""
         ...
 
     async def remove(self, ref_text: str, /) -> int:
@@ -137,6 +174,14 @@ class Operations(Protocol):
 
     async def add(self, ref: str, *, refresh: bool = False) -> Document:
         """Pin what `ref` is; its document. The origin of a known one is asked again only with `refresh`."""
+        ...
+
+    async def update(self, ref: str) -> Document:
+        """Ask what the known `ref` is now: `{ref, old_revision, new_revision, outcome, rolled_back}`."""
+        ...
+
+    async def pin(self, ref: str, *, pinned: bool) -> Document:
+        """Keep the known `ref` whole, or no longer; its document."""
         ...
 
     async def remove(self, ref: str) -> Document:

@@ -92,6 +92,8 @@ def make_app(operations: Operations) -> Starlette:
             ("GET", "/v1/refs", _refs),
             ("POST", "/v1/refs", _add),
             ("DELETE", "/v1/refs", _remove),
+            ("POST", "/v1/update", _update),
+            ("POST", "/v1/pin", _pin),
             ("POST", "/v1/fill", _fill),
             ("POST", "/v1/verify", _verify),
             ("GET", "/v1/details", _details),
@@ -118,6 +120,17 @@ async def _refs(operations: Operations, _: Request) -> Document:
 async def _add(operations: Operations, request: Request) -> Document:
     body = await _body(request)
     return await operations.add(_text(body, "ref"), refresh=_flag(body, "refresh"))
+
+
+async def _update(operations: Operations, request: Request) -> Document:
+    return await operations.update(_text(await _body(request), "ref"))
+
+
+async def _pin(operations: Operations, request: Request) -> Document:
+    body = await _body(request)
+    if "pinned" not in body:
+        raise UsageError("the request needs true or false in the field 'pinned'")
+    return await operations.pin(_text(body, "ref"), pinned=_flag(body, "pinned"))
 
 
 async def _remove(operations: Operations, request: Request) -> Document:

@@ -31,7 +31,6 @@ from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
 from weightfs.engine.headers import Headers
 from weightfs.engine.holdings import Holdings
-from weightfs.engine.homes import home_of
 from weightfs.engine.keeping import Keeper
 from weightfs.engine.reader import Reader
 from weightfs.engine.report import describe_jobs, describe_refs
@@ -49,7 +48,7 @@ from weightfs.engine.status import (
 from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError
-from weightfs.sources import open_source
+from weightfs.sources import home_of, open_source
 from weightfs.sources.base import Source
 from weightfs.store.cache import Cache, StoredRef
 
