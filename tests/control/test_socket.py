@@ -259,7 +259,8 @@ async def test_what_is_known_of_a_ref_and_where_its_tensors_lie(tmp_path: Path) 
             assert model == {"name": "m.gguf", "format": "gguf", "tensor_count": int(fetch), "files": []}
             document = await client.tensor_map(ref, layers=fetch, fetch=fetch)
             by = "layer" if fetch else "tensor"
-            assert document == {"ref": name, "by": by, "files": [], "fetch": fetch}
+            files = [{"path": "models/m", "problem": "https://h/m?… is gone"}]
+            assert document == {"ref": name, "by": by, "files": files, "fetch": fetch}
         one.engine.error = KeyError(name)
         with pytest.raises(RefError, match="removed meanwhile"):
             await client.details(ref)

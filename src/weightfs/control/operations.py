@@ -161,7 +161,10 @@ class EngineOperations:
         """Look into headers and chunk sets."""
         name = self._stored(_canonical(ref)).manifest.ref
         with _headers_bound(name):
-            return await self._engine.tensor_map(name, layers=layers, fetch=fetch)
+            document = await self._engine.tensor_map(name, layers=layers, fetch=fetch)
+        # The rest is plain, too much to be gone through here, and free of URLs.
+        document["files"] = [{**file, "problem": to_json(file["problem"])} for file in document["files"]]
+        return document
 
     async def job(self, job_id: str, *, wait: float) -> Document:
         """Poll."""

@@ -177,7 +177,8 @@ class FakeControlEngine:
         """What was asked for."""
         await trio.lowlevel.checkpoint()
         self._fail()
-        return {"ref": ref_text, "by": "layer" if layers else "tensor", "files": [], "fetch": fetch}
+        files = [{"path": "models/m", "problem": "https://u:p@h/m?token=1 is gone"}]
+        return {"ref": ref_text, "by": "layer" if layers else "tensor", "files": files, "fetch": fetch}
 
     def status(self) -> dict[str, Any]:
         """A small part of the engine's."""
