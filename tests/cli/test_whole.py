@@ -191,6 +191,7 @@ def test_pull_that_is_interrupted_goes_on_from_there(slow_stage: Stage) -> None:
     with slow_stage.started("pull", ref, "--max-jobs", "2") as process:
         wait_until(lambda: socket_path(slow_stage.cache).exists())
         wait_until(lambda: any(ref_["present_bytes"] for ref_ in slow_stage.status()["refs"]))
+        slow_stage.nginx.pause()  # on a busy machine the rest would come before the next command has started
         assert slow_stage.status()["role"] == "pull"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=BOUND)
