@@ -159,7 +159,8 @@ class Engine:
     async def add(self, ref: Ref, *, refresh: bool = False, headers: bool = True) -> Manifest:
         """Pin a ref and show it. A pinned one is served from the index without asking anybody, unless `refresh`.
 
-        With `headers`, small files and headers that are not cached are then fetched in the background.
+        With `headers`, small files and headers that are not cached are then fetched in the background, if the settings
+        have `headers_first`.
         SourceError, ChunkListError, SignatureError, CacheError.
         """
         known = self._catalog.ref(str(ref))
@@ -167,7 +168,7 @@ class Engine:
             manifest = await self._resolve(ref, known)
         else:
             manifest = known.manifest
-        if headers:
+        if headers and self.settings.headers_first:
             self._headers.start(manifest)
         return manifest
 
