@@ -322,6 +322,17 @@ async def test_any_other_chunk_list_is_not_missed(
     assert not caplog.records
 
 
+async def test_a_chunk_list_from_elsewhere_is_not_trusted() -> None:
+    raw = manifest({"mediaType": OLLAMA + "model", "digest": "sha256:" + "0" * 64, "size": BIG})
+    async with serving(raw) as (origin, ref), open_origin({"/sums": chunksums()}) as away:
+        path = f"/v2/library/m/chunksums/sha256:{'0' * 64}"
+        origin.always[path] = Fault(FaultKind.REDIRECT, location=away.url("/sums"))
+        blob = (await resolve(ref)).entries[0].blob
+        assert blob.chunk_list is not None
+        assert blob.initial_trust is Trust.PROVISIONAL
+        assert (await resolve(ref, policy=Policy.STRICT)).entries[0].blob.chunk_list is None
+
+
 def test_what_a_regular_chunk_list_is() -> None:
     shuffled = b"\n".join(reversed(chunksums().splitlines())) + b"\r\n\n"
     assert read_chunksums(shuffled, big()) == read_chunksums(chunksums(), big()) is not None
