@@ -18,6 +18,7 @@ from trio.testing import MockClock
 from weightfs.core.artifact import DOCKER_INDEX, DOCKER_MANIFEST, Descriptor
 from weightfs.core.geometry import MIB
 from weightfs.core.manifest import Manifest, Policy, Trust
+from weightfs.core.mirror_rules import PrefixRule
 from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import ChunkListError, FailureKind, IntegrityError, SourceError
@@ -347,6 +348,19 @@ def test_what_a_regular_chunk_list_is() -> None:
 
 
 # ---- through the whole engine
+
+
+async def test_a_mirror_rule_holds_for_layers(tmp_path: Path) -> None:
+    with DockerRegistry() as gone, DockerRegistry(auth=Auth.TOKEN) as mirror:
+        for one in (gone, mirror):
+            push_ollama(one, "library/x:latest", PARTS)
+        rule = PrefixRule(f"{gone.base}/v2/", f"{mirror.base}/v2/")
+        settings = EngineSettings(workers=0, fill=FillMode.NEVER, mirrors=(rule,))
+        async with running_engine(tmp_path / "cache", settings) as engine:
+            ref = parse_ref(f"ollama://{gone.host}/library/x:latest")
+            await engine.add(ref)
+            gone.stop()
+            await engine.complete(str(ref))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
