@@ -150,6 +150,16 @@ async def test_only_the_headers_of_a_tar_are_read(registry: DockerRegistry) -> N
     assert len([line for line in registry.requests()[before:] if "/blobs/" in line]) == 3
 
 
+@pytest.mark.parametrize(("bound", "value"), [("MAX_TARS", 1), ("MAX_MEMBERS", 1)])
+async def test_how_much_there_may_be_in_tars_is_bounded(
+    registry: DockerRegistry, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
+) -> None:
+    monkeypatch.setattr(oci, bound, value)
+    push_oci(registry, "ns/tars:1", [Layer(tar({f"{n}": b"", f"{n}b": b""}), TAR) for n in range(2)])
+    with pytest.raises(IntegrityError, match="no model needs so many"):
+        await resolve(registry, "ns/tars:1")
+
+
 @pytest.mark.parametrize(
     ("layers", "words"),
     [

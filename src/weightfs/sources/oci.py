@@ -30,7 +30,7 @@ from weightfs.core.geometry import BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, Entry, Manifest, Mirror
 from weightfs.core.oci import SCHEME, parse_oci
 from weightfs.core.ref import Ref
-from weightfs.core.tar import TarFiles, walk_tar
+from weightfs.core.tar import MAX_MEMBERS, TarFiles, walk_tar
 from weightfs.errors import IntegrityError, SourceError
 from weightfs.sources._client import HttpClient
 from weightfs.sources._ranged import RangeReader
@@ -40,6 +40,7 @@ from weightfs.sources.base import FetchSettings, Source
 # Manifests of an index that are read to see whether they are models, where their descriptors do not say it. Images have
 # one per platform, and as many again with their provenance.
 MAX_LOOKED_AT = 32
+MAX_TARS = 256  # of one artifact; each costs requests before the ref can be shown
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,10 @@ class OciSource:
         tars: dict[bytes, TarFiles] = {}
         for file in files:
             if file.path is None and file.layer.digest not in tars:
+                if len(tars) == MAX_TARS or sum(len(tar.members) for tar in tars.values()) > MAX_MEMBERS:
+                    raise IntegrityError(
+                        f"{ref} has over {MAX_TARS} tars, or over {MAX_MEMBERS} files in them; no model needs so many."
+                    )
                 what = f"Layer {file.layer.digest_text} of {ref}"
                 tar = tars[file.layer.digest] = await self._walk(blobs.of(file.layer), what)
                 if tar.skipped:
