@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import random
+import re
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -40,6 +41,8 @@ MAX_REDIRECTS = 8
 RETRY_DELAY_CAP = 30.0
 DRAIN_BYTES = 16 * 1024  # the body of a redirect or error worth reading to keep its connection
 USER_AGENT = f"weightfs/{__version__}"
+
+_HTTP = re.compile("https?://")
 
 Headers = Sequence[tuple[str, str]]
 Ask = Callable[[str, httpx.URL, Headers, Headers], Awaitable[httpx.Response]]
@@ -104,8 +107,8 @@ class HttpClient:
         self._transports: dict[str | None, BulkTransport] = {}
         self.tokens = Tokens(self._fetch_token, settings.docker_config)
         # Origins that get `settings.headers`: those configured, and those of the refs that were resolved
-        # here.
-        self._homes = {_rules.origin_of(url) for url in settings.header_origins}
+        # here. Refs of registries (hf://, ollama://) are named there too, and are no URLs.
+        self._homes = {_rules.origin_of(url) for url in settings.header_origins if _HTTP.match(url)}
 
     def own(self, url: str) -> None:
         """Let the user's headers go to the origin of `url`, the ref's own."""
@@ -114,11 +117,13 @@ class HttpClient:
     def secrets_for(self, url: httpx.URL, extra: Headers = ()) -> Headers:
         """The headers that only the origin of `url` may see."""
         settings, origin = self.settings, _rules.origin_of(url)
-        mine = (*(settings.headers if origin in self._homes else ()), *extra)
-        given = any(name.lower() == "authorization" for name, _ in mine)
+        mine = settings.headers if origin in self._homes else ()
+        given = any(name.lower() == "authorization" for name, _ in extra)
         if settings.hf_token and not given and origin == _rules.origin_of(settings.hf_endpoint):
-            return (*mine, ("Authorization", f"Bearer {settings.hf_token}"))
-        return mine
+            # An Authorization among the user's headers is for every host that was named, the token for this one.
+            others = [(name, value) for name, value in mine if name.lower() != "authorization"]
+            return (*others, *extra, ("Authorization", f"Bearer {settings.hf_token}"))
+        return (*mine, *extra)
 
     def now(self) -> datetime:
         """The wall clock's time, in UTC."""

@@ -11,6 +11,8 @@ Subclass `SourceTests` in a test module and give it a `serving` fixture-like met
 from __future__ import annotations
 
 import hashlib
+import ipaddress
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from weightfs.core.geometry import MIB, BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId, ChunkList, Entry, Manifest, Mirror
 from weightfs.core.ref import Ref
 from weightfs.errors import FailureKind, SourceError
+from weightfs.sources._stream import Address, BulkBackend, Resolver
 from weightfs.sources.base import Source
 
 
@@ -177,6 +180,25 @@ def _error(mirror: Mirror, failing: Failing) -> SourceError:
         mirror=mirror.url,
         retry_after=failing.retry_after,
     )
+
+
+class PublicResolver(Resolver):
+    """Says that every name has the same public address."""
+
+    async def look_up(self, host: str) -> tuple[Address, ...]:  # noqa: ARG002  the same for all
+        """Example.com's address of old."""
+        return (ipaddress.ip_address("93.184.215.14"),)
+
+
+class Elsewhere(BulkBackend):
+    """Every name is public, and every connection is to this machine: for what is not trusted on loopback alone."""
+
+    def __init__(self) -> None:
+        super().__init__(PublicResolver())
+
+    async def connect_address(self, address: Address, port: int) -> socket.socket:  # noqa: ARG002  never there
+        """To 127.0.0.1, whatever the address."""
+        return await super().connect_address(ipaddress.ip_address("127.0.0.1"), port)
 
 
 class SourceTests:
