@@ -29,6 +29,7 @@ from weightfs.core.ref import Ref
 from weightfs.errors import ChunkListError, FailureKind, IntegrityError, RefError, SourceError
 from weightfs.sources import _published, _rules
 from weightfs.sources._client import HttpClient
+from weightfs.sources._homes import home_of
 from weightfs.sources._hub import HubApi
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.sources.https import SIGNATURE_SUFFIX, SUFFIX, HttpsSource, is_secure, without_private
@@ -59,22 +60,18 @@ class _Commit:
 
 
 class HfSource:
-    """Resolves hf refs, and reads spans from such mirrors.
-
-    The user's headers are for hosts that somebody named: for an endpoint that was configured, not for the Hub that is
-    meant when none was.
-    """
+    """Resolves hf refs, and reads spans from such mirrors."""
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
         self._settings = client.settings
-        if self._settings.hf_endpoint != FetchSettings().hf_endpoint:
-            client.own(self._settings.hf_endpoint)
         self._https = HttpsSource(client)
         self._api = HubApi(client)
 
     async def resolve(self, ref: Ref) -> Manifest:
         """Ask the Hub what `ref` is, now. SourceError, RefError, ChunkListError, SignatureError, IntegrityError."""
+        if (home := home_of(ref, self._settings)) is not None:
+            self._client.own(home)
         name = parse_hub(ref.text.removeprefix(f"{SCHEME}://"))
         revision = await self._api.revision(name)
         listing = await self._api.tree(name, revision.sha)
