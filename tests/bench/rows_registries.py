@@ -79,7 +79,14 @@ def pull_hub(bench: Bench) -> Measure:
         def theirs() -> float:
             home = empty(bench.work / "fetched")
             script = '"$0" download -q "$1" >/dev/null && sync "$2"/hub/*/blobs/*'
-            command = ["sh", "-c", script, Path(sys.executable).with_name("hf"), REPOSITORY, home]
+            command: list[str | Path] = [
+                "sh",
+                "-c",
+                script,
+                Path(sys.executable).with_name("hf"),
+                REPOSITORY,
+                home,
+            ]
             options = [endpoint, f"HF_HOME={home}", "HF_HUB_DISABLE_XET=1", "HF_HUB_DISABLE_TELEMETRY=1"]
             return bench.speed(timed("env", *options, *command))
 

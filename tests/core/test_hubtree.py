@@ -179,6 +179,10 @@ def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
         read(many[:2], [{}, {}])
     with pytest.raises(ValueError, match="more than 3 files"):
         HubTree(SHA, tuple(HubFile(f"{number}", 1, OID) for number in range(4)))
+    monkeypatch.setattr(hubtree, "MAX_PAGE_VALUES", 10)
+    assert read([PLAIN]).files
+    with pytest.raises(ValueError, match="more than 10 values"):
+        read([*many, *many])
     monkeypatch.setattr(hubtree, "MAX_PAGES", 2)
     with pytest.raises(ValueError, match="more than 2 pages"):
         read([], [], [])

@@ -18,6 +18,12 @@ def test_the_case_of_an_ollama_name_does_not_matter(model: str, tag: str) -> Non
     assert identity(spellings.pop()) in (identity(text), text.casefold())
 
 
+def test_nor_that_of_what_is_left_out() -> None:
+    spellings = ("aya:8b", "Library/Aya:8B", "registry.ollama.ai/LIBRARY/aya:8b")
+    assert {identity(str(parse_ref(f"ollama://{one}"))) for one in spellings} == {"ollama://aya:8b"}
+    assert identity("ollama://other/aya:8b") == "ollama://other/aya:8b"
+
+
 @pytest.mark.parametrize("scheme", ["https://h/", "hf://o/", "oci://h.example/a/"])
 def test_everywhere_else_it_does(scheme: str) -> None:
     one, other = f"{scheme}m.gguf", f"{scheme}M.gguf"

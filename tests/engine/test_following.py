@@ -164,8 +164,9 @@ async def test_two_spellings_at_once_are_one_ref(repository: MemoryRepository, t
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.add, REF)
             nursery.start_soon(engine.add, other)
-        assert len(engine.refs()) == 1
         assert len(repository.asked) == 2
+        assert len(engine.refs()) == 1
+        assert engine._cache.ref_names() == [engine.refs()[0].manifest.ref]
 
 
 async def test_browsing_makes_a_ref_known(repository: MemoryRepository, tmp_path: Path) -> None:

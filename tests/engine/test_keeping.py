@@ -123,6 +123,7 @@ async def test_but_not_what_somebody_else_wants(
                     await engine.pin(str(OTHER), pinned=True)
             await trio.testing.wait_all_tasks_blocked(0.05)
             await engine.pin(str(REF), pinned=False)
+            assert files(engine)[0].filling
             repository.gate.set()
             await until_complete(engine, "one")
         assert engine.blob_status(blob).present_bytes == len(BIG)

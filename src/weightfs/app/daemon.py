@@ -24,6 +24,7 @@ from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
 from weightfs.app.memory import give_back_buffers
 from weightfs.control.operations import ProcessInfo
+from weightfs.core.names import identity
 from weightfs.core.ref import Ref
 from weightfs.core.retry import delay, is_permanent
 from weightfs.engine.engine import Engine
@@ -122,8 +123,8 @@ async def _greet(
     interval = notify.watchdog_interval()
     if interval is not None:
         nursery.start_soon(_ping, mounted, interval)
-    known = {stored.manifest.ref for stored in engine.refs()}
-    new = [ref for ref in order.refs if str(ref) not in known]
+    known = {identity(stored.manifest.ref) for stored in engine.refs()}
+    new = [ref for ref in order.refs if identity(str(ref)) not in known]
     answers = _FirstAnswers(engine, nursery)
     with trio.move_on_after(FIRST_ANSWERS):
         await answers.ask(new)

@@ -78,8 +78,11 @@ def ollama_files(artifact: Artifact, what: str) -> tuple[LayerFile, ...]:
 def oci_files(artifact: Artifact, what: str) -> tuple[LayerFile, ...]:
     """The layers of an OCI artifact in their order. IntegrityError for compressed layers and impossible paths.
 
-    Paths of tar members are not known here: check them, together with these, in one more `Paths`.
+    Paths of tar members are not known here: check them, together with these, in one more `Paths`. A model that Ollama
+    made keeps Ollama's names: its manifests lie in any registry.
     """
+    if any(layer.media_type.startswith(_OLLAMA) for layer in artifact.layers):
+        return ollama_files(artifact, what)
     layers = [layer for layer in artifact.layers if layer.media_type != _EMPTY]
     for layer in layers:
         if packing(layer) is Packing.COMPRESSED:

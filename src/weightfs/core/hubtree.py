@@ -26,6 +26,7 @@ MAX_ENTRIES: Final = 100_000
 MAX_PAGES: Final = 1_000  # the Hub gives 1,000 entries a page; a mirror may give as few as 100
 # A page of 1,000 entries has 300 KB, or 1.5 MB if every path is as long as can be.
 MAX_PAGE_BYTES: Final = 4 * MIB
+MAX_PAGE_VALUES: Final = 200_000  # 1,000 entries have 15,000; a value takes up to 100 bytes of memory
 MAX_TREE_BYTES: Final = 64 * MIB  # all pages; MAX_ENTRIES of the usual 350 bytes are 35 MB
 _SHOWN_CHARS: Final = 100
 
@@ -116,7 +117,7 @@ class TreeReader:
             raise ValueError(f"it has more than {MAX_PAGES} pages or {MAX_TREE_BYTES} bytes")
         if len(page) > MAX_PAGE_BYTES:
             raise ValueError(f"a page has more than {MAX_PAGE_BYTES} bytes")
-        entries = _array(load_json(page))
+        entries = _array(load_json(page, MAX_PAGE_VALUES))
         self._entries += len(entries)
         if self._entries > MAX_ENTRIES:
             raise ValueError(f"it has more than {MAX_ENTRIES} files and directories")
@@ -147,8 +148,13 @@ def read_raw(data: bytes) -> HubTree:
     return HubTree(_text(document, "sha"), tuple(files))
 
 
-def load_json(data: bytes) -> object:
-    """Any JSON value. ValueError if it is none, or nested too deep to be read."""
+def load_json(data: bytes, max_values: int | None = None) -> object:
+    """Any JSON value. ValueError if it is none, nested too deep to be read, or of more than `max_values` values.
+
+    These are not counted exactly: each but the first has a comma or a bracket before it, and so may a text inside it.
+    """
+    if max_values is not None and sum(data.count(sign) for sign in (b",", b"[", b"{")) > max_values:
+        raise ValueError(f"it has more than {max_values} values")
     try:
         value: object = json.loads(data)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError

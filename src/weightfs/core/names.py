@@ -15,7 +15,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def identity(ref: str) -> str:
     """The same for every spelling of one ref. `ref` is canonical (`core.ref.parse_ref`)."""
-    return ref.casefold() if ref.startswith(f"{ollama.SCHEME}://") else ref
+    scheme, _, name = ref.partition("://")
+    # Read again, for `Library/aya` is `aya` too.
+    return f"{scheme}://{ollama.parse_ollama(name.casefold())}" if scheme == ollama.SCHEME else ref
 
 
 def moves(ref: str) -> bool:

@@ -1,7 +1,7 @@
 """The engine: what the mount, the control socket and the command line see of weightfs.
 
 Rules: one trio run. Everything but the `async` methods answers from memory; of the `async` ones, only `add`, `update`,
-`browse`, `complete` and `verify` may wait for longer than `read_timeout`.
+`browse`, `complete`, `verify`, and, of many files, `details` and `tensor_map` may wait for longer than `read_timeout`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -25,10 +26,11 @@ from weightfs.engine.blobs import BlobState
 from weightfs.engine.catalog import Catalog
 from weightfs.engine.causes import one_cause
 from weightfs.engine.committer import Committer
+from weightfs.engine.details import Details, RefDetails
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
+from weightfs.engine.headers import Headers
 from weightfs.engine.holdings import Holdings
-from weightfs.engine.homes import home_of
 from weightfs.engine.keeping import Keeper
 from weightfs.engine.reader import Reader
 from weightfs.engine.report import describe_jobs, describe_refs
@@ -46,13 +48,14 @@ from weightfs.engine.status import (
 from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError
-from weightfs.sources import open_source
+from weightfs.sources import home_of, open_source
 from weightfs.sources.base import Source
 from weightfs.store.cache import Cache, StoredRef
 
 log = logging.getLogger(__name__)
 
 SPACE_SECONDS = 5.0  # how old `statfs` may be
+HEADERS_SECONDS = 60.0  # how long `headers_ready` waits
 
 
 class Engine:
@@ -85,6 +88,8 @@ class Engine:
         )
         self._keeper = Keeper(self._catalog, self._fetcher, self._holdings, settings, nursery)
         self._reader = Reader(cache, self._planner, self._fetcher, self._holdings, settings, nursery)
+        self._headers = Headers(self._catalog, self._reader, nursery)
+        self._details = Details(self._headers)
         self._upkeep = Upkeep(
             self._catalog, self._planner, self._fetcher, self._holdings, self._hasher, self._sealer
         )
@@ -151,14 +156,23 @@ class Engine:
         """What is pinned, and since when."""
         return self._catalog.refs()
 
-    async def add(self, ref: Ref, *, refresh: bool = False) -> Manifest:
+    async def add(self, ref: Ref, *, refresh: bool = False, headers: bool = True) -> Manifest:
         """Pin a ref and show it. A pinned one is served from the index without asking anybody, unless `refresh`.
 
+        With `headers`, small files and headers that are not cached are then fetched in the background.
         SourceError, ChunkListError, SignatureError, CacheError.
         """
         known = self._catalog.ref(str(ref))
-        if known is not None and not refresh:
-            return known.manifest
+        if known is None or refresh:
+            manifest = await self._resolve(ref, known)
+        else:
+            manifest = known.manifest
+        if headers:
+            self._headers.start(manifest)
+        return manifest
+
+    async def _resolve(self, ref: Ref, known: StoredRef | None) -> Manifest:
+        """Ask what it is, and pin that."""
         if known is not None and known.manifest.ref != str(ref):
             ref = parse_ref(known.manifest.ref)  # as it was spelt when it was added
         if ref.scheme not in self._sources:
@@ -200,7 +214,7 @@ class Engine:
 
     async def browse(self, ref: Ref) -> None:
         """Let a ref be known because somebody looked at its path: as `add`, and nothing of it is fetched."""
-        await self.add(ref)
+        await self.add(ref, headers=False)
 
     async def pin(self, ref_text: str, *, pinned: bool) -> None:
         """Keep all of a ref, from now on and after every start; or no longer. KeyError if it is unknown."""
@@ -209,6 +223,21 @@ class Engine:
             for _, state in self._catalog.files(ref_text):
                 self._keeper.begin(state)
                 self._keeper.rest(state)
+
+    async def headers_ready(self, ref_text: str, *, within: float = HEADERS_SECONDS) -> bool:
+        """Wait until what `add` fetches in the background is there, or was given up. False: it took too long."""
+        stored = self._catalog.ref(ref_text)
+        with trio.move_on_after(within) as scope:
+            await self._headers.ready(ref_text if stored is None else stored.manifest.ref)
+        return not scope.cancelled_caught
+
+    async def details(self, ref_text: str, *, fetch: bool = False) -> RefDetails:
+        """What its cached headers say about a ref; with `fetch`, those that are missing are fetched. KeyError."""
+        return await self._details.details(self._known(ref_text).manifest, fetch=fetch)
+
+    async def tensor_map(self, ref_text: str, *, layers: bool = False, fetch: bool = False) -> dict[str, Any]:
+        """Where the tensors of a ref lie and how much of each is cached, as plain values. KeyError."""
+        return await self._details.tensor_map(self._known(ref_text).manifest, layers=layers, fetch=fetch)
 
     def _known(self, ref_text: str) -> StoredRef:
         stored = self._catalog.ref(ref_text)
@@ -364,6 +393,7 @@ class Engine:
             and self._pool.jobs == 0
             and not self._committer.pending
             and self._sealer.idle
+            and not self._headers.busy
         ):
             await self._committer.flush()
             await trio.sleep(0.01)

@@ -117,11 +117,13 @@ class HttpClient:
     def secrets_for(self, url: httpx.URL, extra: Headers = ()) -> Headers:
         """The headers that only the origin of `url` may see."""
         settings, origin = self.settings, _rules.origin_of(url)
-        mine = (*(settings.headers if origin in self._homes else ()), *extra)
-        given = any(name.lower() == "authorization" for name, _ in mine)
+        mine = settings.headers if origin in self._homes else ()
+        given = any(name.lower() == "authorization" for name, _ in extra)
         if settings.hf_token and not given and origin == _rules.origin_of(settings.hf_endpoint):
-            return (*mine, ("Authorization", f"Bearer {settings.hf_token}"))
-        return mine
+            # An Authorization among the user's headers is for every host that was named, the token for this one.
+            others = [(name, value) for name, value in mine if name.lower() != "authorization"]
+            return (*others, *extra, ("Authorization", f"Bearer {settings.hf_token}"))
+        return (*mine, *extra)
 
     def now(self) -> datetime:
         """The wall clock's time, in UTC."""

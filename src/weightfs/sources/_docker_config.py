@@ -68,6 +68,11 @@ async def credentials_for(config_file: str | None, authority: str) -> Credential
     return _from_auth(_of(_table(config, "auths"), key))
 
 
+def login_name(authority: str) -> str:
+    """What to write after `docker login` for a registry."""
+    return "docker.io" if authority in _DOCKER_HUBS else authority
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:

@@ -25,6 +25,7 @@ from weightfs.sources import _rules
 from weightfs.sources._client import HttpClient, Reply
 
 MAX_INFO_BYTES = 32 * MIB  # it lists every file by name, and may hold a card and a config
+MAX_INFO_VALUES = 1_000_000  # a file takes three
 MAX_LINK_CHARS = 16 * 1024  # of a Link header; the cursor in it has a few hundred
 
 _REFUSALS = frozenset({401, 403, 404, 410})
@@ -67,7 +68,7 @@ class HubApi:
         url = f"{self._api_of(name)}/revision/{quote(name.revision, safe='')}"
         reply = await self._get(name, url, MAX_INFO_BYTES)
         try:
-            info = await trio.to_thread.run_sync(load_json, reply.body)
+            info = await trio.to_thread.run_sync(load_json, reply.body, MAX_INFO_VALUES)
         except ValueError as error:
             raise _unusable(reply, str(error)) from error
         sha = info.get("sha") if isinstance(info, dict) else None
@@ -103,7 +104,7 @@ class HubApi:
 
     def gated(self, name: HubName) -> SourceError:
         """The error for a repository whose licence was not accepted."""
-        page = self.page_of(name)
+        page = _rules.label(self.page_of(name))
         way = "set HF_TOKEN to that account's token, or run `hf auth login`"
         if self._client.settings.hf_token:
             way = "make sure that the token in use (HF_TOKEN, or of `hf auth login`) is that account's"
@@ -119,7 +120,7 @@ class HubApi:
         return reply
 
     def _refusal(self, name: HubName, reply: Reply) -> SourceError:
-        page, has_token = self.page_of(name), bool(self._client.settings.hf_token)
+        page, has_token = _rules.label(self.page_of(name)), bool(self._client.settings.hf_token)
         token = "the token in use (HF_TOKEN, or of `hf auth login`)"  # noqa: S105  no secret, but words about it
         match reply.headers.get("x-error-code", ""), reply.status:
             case "GatedRepo", _:

@@ -104,11 +104,11 @@ class Repository:
 
     async def _read(self, reply: Reply, reference: str) -> Document:
         kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
-        body = reply.body.lstrip()
-        if kind in ("text/html", "application/xhtml+xml") or body[:1] == b"<":
-            raise _rules.failure(FailureKind.PROTOCOL, reply.url, "sent an HTML page instead of a manifest")
-        if body[:1] != b"{":
-            raise _rules.failure(FailureKind.PROTOCOL, reply.url, "sent something else than a manifest")
+        begin = reply.body[:1024].lstrip()[:1]  # whatever it is sent as: Ollama's registry says text/plain
+        if begin != b"{":
+            page = begin == b"<" or kind == "text/html"
+            what = "an HTML page instead of a manifest" if page else "something else than a manifest"
+            raise _rules.failure(FailureKind.PROTOCOL, reply.url, f"sent {what}")
         what = f"The manifest of {self._shown(reference)}"
         digest = hashlib.sha256(reply.body).digest()
         said = reply.headers.get("docker-content-digest")

@@ -26,7 +26,7 @@ import trio
 from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import _rules
 from weightfs.sources._challenges import Challenge, parse_challenges
-from weightfs.sources._docker_config import Credentials, SecretKind, credentials_for
+from weightfs.sources._docker_config import Credentials, SecretKind, credentials_for, login_name
 
 MAX_TOKEN_BYTES = 64 * 1024  # of a token server's answer
 MAX_TOKEN_CHARS = 16 * 1024  # servers refuse heads of more
@@ -34,6 +34,7 @@ DEFAULT_SECONDS = 60.0  # where no expires_in is given (distribution specificati
 MAX_SECONDS = 24 * 3600.0
 MARGIN_SECONDS = 10.0  # before its end a token is renewed; of a short life, a tenth
 MAX_TOKENS = 256
+MAX_PATH_CHARS = 1024  # of a URL that can be a blob's: a repository has 255, a digest 71
 
 _REGISTRY_PATH = re.compile(
     r"(?:/.*)?/v2/(?P<name>[a-z0-9A-Z._/-]{1,512})/(?:blobs|manifests|chunksums)/[^/]+"
@@ -167,7 +168,7 @@ class Tokens:
 
 
 def _key_of(url: httpx.URL) -> _Key | None:
-    found = _REGISTRY_PATH.fullmatch(url.path)
+    found = _REGISTRY_PATH.fullmatch(url.path) if len(url.path) <= MAX_PATH_CHARS else None
     return None if found is None else _Key(_rules.origin_of(url), found["name"])
 
 
@@ -235,7 +236,7 @@ def _explained(
     """What a token server's refusal means for whom it refused."""
     if error.kind is not FailureKind.AUTH:
         return error
-    host = url.netloc.decode("ascii")
+    host = login_name(url.netloc.decode("ascii"))
     if credentials is None:
         what = f"gives no token for {_rules.label(url)} without credentials; run docker login {host}"
     else:

@@ -15,7 +15,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import trio
@@ -29,6 +29,7 @@ from weightfs.core.ref import Ref
 from weightfs.errors import ChunkListError, FailureKind, IntegrityError, RefError, SourceError
 from weightfs.sources import _published, _rules
 from weightfs.sources._client import HttpClient
+from weightfs.sources._homes import home_of
 from weightfs.sources._hub import HubApi
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.sources.https import SIGNATURE_SUFFIX, SUFFIX, HttpsSource, is_secure, without_private
@@ -37,7 +38,8 @@ from weightfs.sources.minisign import MAX_SIGNATURE_BYTES
 SCHEMES = (SCHEME,)
 # Chunk lists of one ref: more than the largest models have shards. They are fetched one after the other.
 MAX_LISTS = 256
-_NEAR_CANDIDATES = 5_000  # difflib takes about 50 us for each
+# difflib takes up to a millisecond for two names of that length, and cannot be stopped.
+_NEAR_CANDIDATES, _NEAR_CHARS = 2_000, 200
 _NEAR_NAMES = 3
 
 logger = logging.getLogger(__name__)
@@ -58,11 +60,7 @@ class _Commit:
 
 
 class HfSource:
-    """Resolves hf refs, and reads spans from such mirrors.
-
-    The user's own headers are not for the Hub: its token is, and an `Authorization` meant for another origin of the
-    same mount would take its place.
-    """
+    """Resolves hf refs, and reads spans from such mirrors."""
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
@@ -72,6 +70,8 @@ class HfSource:
 
     async def resolve(self, ref: Ref) -> Manifest:
         """Ask the Hub what `ref` is, now. SourceError, RefError, ChunkListError, SignatureError, IntegrityError."""
+        if (home := home_of(ref, self._settings)) is not None:
+            self._client.own(home)
         name = parse_hub(ref.text.removeprefix(f"{SCHEME}://"))
         revision = await self._api.revision(name)
         listing = await self._api.tree(name, revision.sha)
@@ -206,15 +206,26 @@ def _etag_of(data: bytes, file: HubFile) -> str:
     return hashlib.sha256(data).hexdigest() if file.lfs_sha256 else git_oid(data)
 
 
+def _near(name: HubName, paths: Sequence[str]) -> list[str]:
+    """What may have been meant: the same in other case, a file of that name elsewhere, a similar name."""
+    lower = replace(name, path=name.path.lower())
+    alike = [path for path in paths if lower.selects(path.lower())]
+    below = [path for path in paths if path.endswith(f"/{name.path}")]
+    near = alike or below
+    if not near and len(name.path) <= _NEAR_CHARS:
+        short = [path for path in paths if len(path) <= _NEAR_CHARS][:_NEAR_CANDIDATES]
+        near = difflib.get_close_matches(name.path, short, _NEAR_NAMES, cutoff=0.5)
+    return near[:_NEAR_NAMES]
+
+
 def _select(commit: _Commit) -> tuple[HubFile, ...]:
     """The files that a ref means. SourceError (NOT_FOUND), with near names, if there are none."""
     name, files = commit.name, commit.tree.files
     selected = tuple(file for file in files if name.selects(file.path))
     if selected:
         return selected
-    paths = [file.path for file in files[:_NEAR_CANDIDATES]]
-    near = difflib.get_close_matches(name.path, paths, _NEAR_NAMES, cutoff=0.5)
-    if near:
+    paths = [file.path for file in files]
+    if near := _near(name, paths):
         hint = f"did you mean {' or '.join(near)}?"
     else:
         hint = f"it has {', '.join(paths[:_NEAR_NAMES])}." if paths else "it has none at all."

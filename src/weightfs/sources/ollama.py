@@ -61,7 +61,11 @@ class OllamaSource:
         files = ollama_files(document.content, str(ref))
         blobs = Blobs(ref, repository, self._client.settings)
         for layer in {file.layer.digest: file.layer for file in files}.values():
-            blobs.of(layer, await self._chunksums(repository, layer))
+            if layer.size > CHUNKSUMS_FROM_BYTES:
+                published = await self._chunksums(repository, layer)
+                blobs.of(layer, published)
+                if published is None:
+                    break  # who has none for one layer has none: a model of tensors has a thousand big ones
         entries = tuple(Entry(file.path, blobs.of(file.layer)) for file in files if file.path is not None)
         return Manifest(str(ref), document.revision, name.tree, entries, document.raw)
 
@@ -83,8 +87,6 @@ class OllamaSource:
 
     async def _chunksums(self, repository: Repository, layer: Descriptor) -> Published | None:
         """The registry's own chunk list of a big layer, if it has one that can be used."""
-        if layer.size <= CHUNKSUMS_FROM_BYTES:
-            return None
         url = repository.side_url("chunksums", layer.digest)
         reply = None
         try:

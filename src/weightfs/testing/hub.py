@@ -331,11 +331,12 @@ class _Handler(BaseHTTPRequestHandler):
     """Requests of one connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes, 40 ms apart otherwise
     server: _Server
 
     def do_GET(self) -> None:
         """Also for HEAD."""
-        headers = {name.lower(): value for name, value in self.headers.items()}
+        headers = {name.lower(): ", ".join(self.headers.get_all(name, [])) for name in self.headers}
         seen = Seen(self.command, self.path, headers)
         self.server.seen.append(seen)
         answer = self.server.answer(seen)

@@ -6,7 +6,7 @@
 
     with DockerRegistry(auth=Auth.TOKEN, accounts={"ann": "secret"}) as registry:   # a token server, too
     with DockerRegistry(tls=True) as registry:                                      # registry.ca_file
-    with DockerRegistry() as registry, BlobFront(registry) as front:                # blobs at signed URLs that end
+    with DockerRegistry() as registry, BlobFront(registry) as front:  # weightfs.testing.blob_front
 
 Everything is plain and synchronous, as in `weightfs.testing.nginx`, and gone when the context ends.
 """
@@ -18,32 +18,24 @@ import contextlib
 import enum
 import hashlib
 import http.client
-import http.server
 import json
-import secrets
 import shutil
 import ssl
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import parse_qs, urlsplit
-
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.x509 import load_pem_x509_certificate
+from urllib.parse import urlsplit
 
 from weightfs.core.artifact import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, TITLE
-from weightfs.testing.nginx import POLL_SECONDS, START_ATTEMPTS, START_SECONDS, Nginx, free_port
+from weightfs.testing.nginx import POLL_SECONDS, START_ATTEMPTS, START_SECONDS, free_port
 from weightfs.testing.tls import TlsFiles, make_tls
+from weightfs.testing.token_server import ISSUER, SERVICE, TokenServer
 
-SERVICE, ISSUER = "weightfs test registry", "weightfs test token server"
 BASIC_USER, BASIC_PASSWORD = "ann", "correct horse"
 # bcrypt, which Python's library cannot make any more.
 _BASIC_HASH = "$2b$05$sIRQqa/A8GcevonKl.vYxOiF3G9t1kzdFzBD3sdCl8DQoUyQ4Ph2S"
@@ -58,76 +50,6 @@ class Auth(enum.Enum):
     NONE = enum.auto()
     TOKEN = enum.auto()
     BASIC = enum.auto()  # BASIC_USER with BASIC_PASSWORD
-
-
-class TokenServer:
-    """Gives JWTs that a docker-registry accepts (distribution's "Token Authentication Specification").
-
-    Change `accounts`, `public` and `lifetime` at any time; `seen` has a (user or "", scopes) for every token asked for.
-    `revoke` makes the registry's next answers to older tokens 401: their times are over, as seen from there.
-    """
-
-    def __init__(self, tls: TlsFiles, accounts: Mapping[str, str]) -> None:
-        self._certificate = load_pem_x509_certificate(tls.certificate.read_bytes())
-        key = serialization.load_pem_private_key(tls.key.read_bytes(), None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        self._key = key
-        self.accounts = dict(accounts)
-        self.public = True  # whether anonymous tokens may pull
-        self.lifetime = 300
-        self.said_lifetime: int | None = None  # what `expires_in` says, if not the truth
-        self.field = "token"  # or "access_token"
-        self.status = 0  # an error status for every request
-        self.seen: list[tuple[str, tuple[str, ...]]] = []
-        self._server = _serve(self._answer)
-
-    @property
-    def realm(self) -> str:
-        """Its URL."""
-        return f"http://127.0.0.1:{self._server.server_port}/token"
-
-    def issue(self, scopes: Sequence[str], user: str = "", actions: Sequence[str] | None = None) -> str:
-        """A token for the scopes; with `actions` in place of those that they name."""
-        now = int(time.time())
-        access = []
-        for scope in scopes:
-            kind, name, asked = scope.split(":", 2)
-            access.append({"type": kind, "name": name, "actions": list(actions or asked.split(","))})
-        claims = {
-            "iss": ISSUER,
-            "sub": user,
-            "aud": SERVICE,
-            "exp": now + self.lifetime,
-            "nbf": now - 60,  # the registry allows a minute of difference between clocks
-            "iat": now,
-            "jti": secrets.token_hex(8),
-            "access": access,
-        }
-        der = self._certificate.public_bytes(serialization.Encoding.DER)
-        head = {"typ": "JWT", "alg": "ES256", "x5c": [base64.b64encode(der).decode()]}
-        text = f"{_b64(json.dumps(head).encode())}.{_b64(json.dumps(claims).encode())}"
-        r, s = decode_dss_signature(self._key.sign(text.encode(), ec.ECDSA(hashes.SHA256())))
-        return f"{text}.{_b64(r.to_bytes(32, 'big') + s.to_bytes(32, 'big'))}"
-
-    def stop(self) -> None:
-        """End it."""
-        _stop(self._server)
-
-    def _answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
-        query = parse_qs(urlsplit(request.path).query)
-        scopes = tuple(query.get("scope", ()))
-        user, password = _basic_of(request.headers.get("Authorization"))
-        self.seen.append((user, scopes))
-        if self.status:
-            _reply(request, self.status, b"{}")
-            return
-        known = bool(user) and self.accounts.get(user) == password
-        if query.get("service") != [SERVICE] or (user and not known) or not (known or self.public):
-            _reply(request, 401, b'{"errors":[{"code":"UNAUTHORIZED"}]}')
-            return
-        said = self.lifetime if self.said_lifetime is None else self.said_lifetime
-        answer = {self.field: self.issue(scopes, user, ["pull"]), "expires_in": said}
-        _reply(request, 200, json.dumps(answer).encode())
 
 
 class DockerRegistry:
@@ -320,97 +242,6 @@ class DockerRegistry:
         return log.read_text(errors="replace") if log.exists() else ""
 
 
-class BlobFront:
-    """nginx before a registry: blobs are answered with a redirect to signed URLs of another origin, which end.
-
-    The signed place answers 400 to a request with credentials, as S3 does, 403 to a wrong signature and 410 after the
-    end (`secure_link`). `signed` counts the redirects; `lifetime` is in seconds. The URLs do not tell their end in a
-    way that clients know.
-    """
-
-    def __init__(self, registry: DockerRegistry) -> None:
-        self._registry = registry
-        self._secret = secrets.token_hex(16)
-        self.lifetime = 3600
-        self.signed = 0
-        self._signer: http.server.ThreadingHTTPServer | None = None
-        self._nginx: Nginx | None = None
-
-    def __enter__(self) -> Self:
-        assert not self._registry.base.startswith("https"), "the front speaks plain http to the registry"
-        self._signer = _serve(self._sign)
-        blobs = self._registry.blob_path("00").parents[2]
-        blobs.mkdir(parents=True, exist_ok=True)
-        config = f"""
-        absolute_redirect off;
-        proxy_http_version 1.1;
-        client_max_body_size 0;
-        location ~ ^/v2/.+/blobs/sha256:[0-9a-f]+$ {{
-            auth_request /may;
-            proxy_pass http://127.0.0.1:{self._signer.server_port};
-        }}
-        location = /may {{
-            internal;
-            proxy_method HEAD;
-            proxy_pass_request_body off;
-            proxy_set_header Content-Length "";
-            proxy_set_header Range "";
-            proxy_pass {self._registry.base}$request_uri;
-        }}
-        location /v2/ {{ proxy_pass {self._registry.base}; }}
-        location ~ ^/signed/([0-9a-f][0-9a-f])([0-9a-f]+)$ {{
-            if ($http_authorization) {{ return 400; }}
-            secure_link $arg_md5,$arg_until;
-            secure_link_md5 "$secure_link_expires$uri {self._secret}";
-            if ($secure_link = "") {{ return 403; }}
-            if ($secure_link = "0") {{ return 410; }}
-            alias {blobs}/$1/$1$2/data;
-        }}
-        """
-        try:
-            self._nginx = Nginx(blobs, server_config=config).__enter__()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End both servers."""
-        if self._nginx is not None:
-            self._nginx.stop()
-        if self._signer is not None:
-            _stop(self._signer)
-        self._nginx = self._signer = None
-
-    @property
-    def nginx(self) -> Nginx:
-        """Its log has every request."""
-        assert self._nginx is not None
-        return self._nginx
-
-    @property
-    def host(self) -> str:
-        """As refs name it."""
-        return f"127.0.0.1:{self.nginx.port}"
-
-    def signed_url(self, digest: str) -> str:
-        """A URL that ends `lifetime` seconds from now."""
-        path = f"/signed/{digest.removeprefix('sha256:')}"
-        until = int(time.time()) + self.lifetime
-        proof = hashlib.md5(f"{until}{path} {self._secret}".encode(), usedforsecurity=False).digest()
-        return f"http://localhost:{self.nginx.port}{path}?md5={_b64(proof)}&until={until}"
-
-    def _sign(self, request: http.server.BaseHTTPRequestHandler) -> None:
-        self.signed += 1
-        location = self.signed_url(request.path.rpartition("/blobs/")[2])
-        _reply(request, 307, b"", {"Location": location})
-
-
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One layer to push: its bytes, media type, annotations, and other fields of its descriptor."""
@@ -449,7 +280,8 @@ def push_manifest(registry: DockerRegistry, name: str, document: Mapping[str, An
 def push_ollama(registry: DockerRegistry, name: str, parts: Mapping[str, bytes] | Sequence[Layer]) -> str:
     """Upload a model as Ollama does, under `namespace/model:tag`; the digest of its manifest.
 
-    `parts` is a mapping from the kind of a layer (`model`, `template`, …) to its bytes, or layers for what that cannot say.
+    `parts` is a mapping from the kind of a layer (`model`, `template`, …) to its bytes, or layers where that cannot
+    say it.
     """
     layers = parts
     if isinstance(layers, Mapping):
@@ -505,54 +337,3 @@ def _manifest(
         "config": descriptor(config),
         "layers": [descriptor(layer) for layer in layers],
     }
-
-
-def _serve(answer: Any) -> http.server.ThreadingHTTPServer:
-    """A server in a thread that answers GET by `answer(request handler)`."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            answer(self)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), daemon=True).start()
-    return server
-
-
-def _stop(server: http.server.ThreadingHTTPServer) -> None:
-    server.shutdown()
-    server.server_close()
-
-
-def _reply(
-    request: http.server.BaseHTTPRequestHandler,
-    status: int,
-    body: bytes,
-    headers: Mapping[str, str] | None = None,
-) -> None:
-    request.send_response(status)
-    for name, value in (headers or {}).items():
-        request.send_header(name, value)
-    request.send_header("Content-Type", "application/json")
-    request.send_header("Content-Length", str(len(body)))
-    request.end_headers()
-    request.wfile.write(body)
-
-
-def _basic_of(header: str | None) -> tuple[str, str]:
-    """User and password of an `Authorization: Basic` header; empty if there is none."""
-    if header is None or not header.startswith("Basic "):
-        return "", ""
-    user, _, password = base64.b64decode(header.removeprefix("Basic ")).decode().partition(":")
-    return user, password
-
-
-def _b64(data: bytes) -> str:
-    """base64url without padding, as in JWTs and secure_link."""
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")

@@ -282,3 +282,10 @@ async def _read(source: Source, blob: Blob, span: ByteSpan) -> bytes:
 def _sample(length: int) -> bytes:
     """Bytes that differ everywhere, the same each time."""
     return hashlib.shake_128(b"weightfs").digest(length)
+
+
+async def read_entry(source: Source, entry: Entry, start: int = 0, stop: int | None = None) -> bytes:
+    """Bytes `[start, stop)` of a file, from its first mirror; to its end unless told."""
+    place = ByteSpan(0, entry.blob.size) if entry.span is None else entry.span
+    wanted = ByteSpan(place.start + start, place.stop if stop is None else place.start + stop)
+    return await _read(source, entry.blob, wanted)

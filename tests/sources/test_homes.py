@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from weightfs.core.ref import parse_ref
-from weightfs.engine.homes import home_of
+from weightfs.sources._homes import home_of
 from weightfs.sources.base import FetchSettings
 
 PLAIN = FetchSettings()
