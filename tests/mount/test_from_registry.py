@@ -15,7 +15,7 @@ import pytest
 from weightfs.testing.daemon import Daemon
 from weightfs.testing.models import ModelShape, make_gguf
 from weightfs.testing.mounts import can_mount
-from weightfs.testing.registry import DockerRegistry, push_ollama
+from weightfs.testing.registry import DockerRegistry, Layer, push_oci, push_ollama
 
 pytestmark = [
     pytest.mark.mount,
@@ -74,3 +74,43 @@ def test_ollama_starts_on_the_mount_and_on_a_linked_store_offline(
         assert read(daemon, mounted) == online
         blob = store / "blobs" / f"sha256-{hashlib.sha256(gguf).hexdigest()}"
         assert os.readlink(blob) == str(mounted / "blobs" / blob.name)
+
+
+LOOK = """
+import errno, json, os, sys
+codes = {}
+for name in sys.argv[2:]:
+    try: codes[name] = sorted(os.listdir(os.path.join(sys.argv[1], name)))
+    except OSError as error: codes[name] = errno.errorcode[error.errno]
+print(json.dumps(codes))
+"""
+
+
+def test_naming_a_path_is_enough_and_only_the_registrys_word_is_enoent(
+    registry: DockerRegistry, tmp_path: Path
+) -> None:
+    push_ollama(registry, "library/tiny:8b", {"model": b"GGUF, but not really"})
+    push_oci(registry, "ai/tiny:1.0", [Layer.titled("model.gguf", b"GGUF, but not really")])
+    with Daemon(tmp_path / "daemon", options=["--workers", "0", "--browse", "--retry", "0"]) as daemon:
+        models = daemon.start().mountpoint / "models"
+
+        def look(*names: str) -> list[object]:
+            told = daemon.finish(daemon.command([sys.executable, "-c", LOOK, str(models), *names]))
+            return list(json.loads(told).values())
+
+        here, oci = f"ollama/{registry.host}/library/tiny", f"oci/{registry.host}/ai"
+        (files,) = look(f"{here}/8b")
+        assert "model.gguf" in files
+        assert look(f"{oci}/tiny/1.0", oci, f"{here}/9b", f"{oci}/none/1.0", f"{here}/.git") == [
+            ["model.gguf"],
+            ["tiny"],
+            "ENOENT",
+            "ENOENT",
+            "ENOENT",
+        ]
+        assert {ref["ref"] for ref in daemon.status()["refs"]} == {
+            f"ollama://{registry.host}/library/tiny:8b",
+            f"oci://{registry.host}/ai/tiny:1.0",
+        }
+        registry.stop()
+        assert look(f"{here}/8b", f"{here}/10b", f"{here}/9b") == [files, "EIO", "ENOENT"]
