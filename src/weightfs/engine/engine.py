@@ -191,13 +191,14 @@ class Engine:
         async with self._pinning:
             if known is not None and self._catalog.ref(str(ref)) is None:
                 raise ReadError(f"{ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=str(ref))
-            for state in await self._catalog.put(manifest):
-                if self._planner.knows(state.id):
-                    self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
-                    await self._holdings.adopt(state)
-                    self._keeper.begin(state)
-                else:
-                    self._begin(state)
+            with trio.CancelScope(shield=True):  # half of it would be a ref that is known and never shown
+                for state in await self._catalog.put(manifest):
+                    if self._planner.knows(state.id):
+                        self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
+                        await self._holdings.adopt(state)
+                        self._keeper.begin(state)
+                    else:
+                        self._begin(state)
         self.on_change()
         if known is not None and _move(known, manifest.revision) is Outcome.ROLLED_BACK:
             log.warning(
