@@ -19,8 +19,8 @@ from weightfs.errors import CacheError
 from weightfs.logs import one_line, redact
 from weightfs.units import format_size
 
-# A status is asked of the whole engine, in the loop: ten seconds make it 0.1 % of the time with a thousand files.
-STATUS_SECONDS: Final = 10.0
+# The whole engine is asked, in the loop: a few milliseconds with a thousand files.
+STATUS_SECONDS: Final = 5.0
 MAX_TEXT: Final = 400  # characters: systemctl shows it on one line
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,234 @@
+"""The service under a real systemd: booted once, in namespaces of its own; see `weightfs.testing.machine`.
+
+Each test finds the service running, and says so if it does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from weightfs.testing.daemon import until
+from weightfs.testing.machine import NOBODY, Machine, why_not
+from weightfs.testing.nginx import Nginx
+
+pytestmark = [
+    pytest.mark.systemd,
+    pytest.mark.mount,
+    pytest.mark.nginx,
+    pytest.mark.skipif(bool(why_not()), reason=why_not() or "it can be booted"),
+]
+
+REPOSITORY = Path(__file__).parents[2]
+SERVICE = "weightfs.service"
+CACHE = "/var/cache/weightfs"
+MODEL = os.urandom(3 << 20) + b"the end"
+SECRET = "hf_not_for_the_journal"
+
+# Quick enough for a test; half of it is still far more than an answer takes on a busy machine.
+TEST_DROP_IN = """
+[Service]
+WatchdogSec=6s
+LoadCredential=hf-token:/etc/weightfs/hf-token
+"""
+# The interpreter of the tests may be at home or in a temporary directory; an installed one is not.
+VERIFY_DROP_IN = """
+[Service]
+ProtectHome=no
+PrivateTmp=no
+"""
+# Ollama's own unit, in what matters: another user, no sandbox. It records what it finds when it starts.
+FAKE_OLLAMA = """
+[Service]
+User=nobody
+RuntimeDirectory=ollama
+ExecStart=/bin/sh -c 'mountpoint /mnt/models >/run/ollama/found && ls /mnt/models >>/run/ollama/found; \
+  env >/run/ollama/env; exec sleep infinity'
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+    root = tmp_path_factory.mktemp("origin")
+    (root / "m.gguf").write_bytes(MODEL)
+    with Nginx(root) as nginx:
+        yield nginx
+
+
+@pytest.fixture(scope="module")
+def machine(installed: Path, origin: Nginx, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """With weightfs and Ollama enabled, as an operator does it."""
+    tree = tmp_path_factory.mktemp("tree")
+    subprocess.run(["cp", "-a", f"{installed}/.", tree], check=True)
+    units = tree / "etc/systemd/system"
+
+    def write(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    write(units / "weightfs.service.d/test.conf", TEST_DROP_IN)
+    write(units / "weightfs-verify.service.d/test.conf", VERIFY_DROP_IN)
+    write(units / "ollama.service", FAKE_OLLAMA)
+    drop_in = tree / "opt/weightfs/share/doc/weightfs/ollama.service.d/weightfs.conf"
+    write(units / "ollama.service.d/weightfs.conf", drop_in.read_text())
+    write(tree / "etc/weightfs/config.toml", f'refs = ["{origin.url("m.gguf")}"]\n')
+    write(tree / "etc/weightfs/hf-token", f"{SECRET}\n")
+    (tree / "etc/weightfs/hf-token").chmod(0o600)
+    subprocess.run(
+        ["systemctl", f"--root={tree}", "--quiet", "enable", SERVICE, "ollama.service"],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    with Machine(tree) as booted:
+        yield booted
+
+
+@pytest.fixture
+def model(origin: Nginx) -> str:
+    """Where the model appears."""
+    return f"/mnt/models/models/http/127.0.0.1:{origin.port}/m.gguf"
+
+
+@pytest.fixture
+def read(machine: Machine, model: str) -> Callable[[], None]:
+    """Nobody, a process of another user, reads the whole model."""
+    assert machine.show(SERVICE, "ActiveState") == "active", machine.journal()
+
+    def whole() -> None:
+        until(lambda: model in machine.run("find", "/mnt/models", user=NOBODY, check=False), "the model appears")
+        digest = machine.run("sha256sum", model, user=NOBODY).split()[0]
+        assert digest == hashlib.sha256(MODEL).hexdigest()
+
+    return whole
+
+
+def mounted(machine: Machine) -> list[str]:
+    """The mount points of weightfs."""
+    return machine.run("findmnt", "-rno", "TARGET", "-t", "fuse.weightfs", check=False).split()
+
+
+def test_everything_has_booted(machine: Machine) -> None:
+    assert machine.run("systemctl", "is-system-running").strip() == "running"
+    assert machine.run("stat", "-c", "%U %a", CACHE).strip() == "weightfs 700"
+    device = machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/models").strip()
+    assert machine.run("cat", f"/sys/class/bdi/{device}/read_ahead_kb").strip() == "4096"
+
+
+def test_ollama_finds_the_mount_when_it_starts(machine: Machine) -> None:
+    assert machine.show("ollama.service", "ActiveState") == "active"
+    started = int(machine.show("ollama.service", "ExecMainStartTimestampMonotonic"))
+    assert started >= int(machine.show(SERVICE, "ActiveEnterTimestampMonotonic")) > 0
+    found = until(lambda: machine.path("/run/ollama/found").read_text(), "ollama has looked").splitlines()
+    assert found[0] == "/mnt/models is a mountpoint"
+    assert "models" in found[1:]
+    environment = machine.path("/run/ollama/env").read_text().splitlines()
+    assert {"OLLAMA_MODELS=/mnt/models/ollama", "OLLAMA_NOPRUNE=1", "OLLAMA_LOAD_TIMEOUT=0"} <= set(environment)
+
+
+def test_another_user_reads_and_the_status_tells(machine: Machine, read: Callable[[], None]) -> None:
+    read()
+    until(
+        lambda: machine.show(SERVICE, "StatusText") == "1 model, 100% of 3.0 MiB here",
+        f"the status says that it is complete, not {machine.show(SERVICE, 'StatusText')!r}",
+    )
+
+
+def test_the_credential_is_for_the_service_alone(machine: Machine, read: Callable[[], None]) -> None:
+    read()
+    place = f"/run/credentials/{SERVICE}/hf-token"
+    pid = machine.show(SERVICE, "MainPID")
+    environment = machine.path(f"/proc/{pid}/environ").read_text().split("\0")
+    assert f"CREDENTIALS_DIRECTORY=/run/credentials/{SERVICE}" in environment
+    assert SECRET in machine.run("cat", place, user=int(machine.run("id", "-u", "weightfs")))
+    assert SECRET not in machine.run("cat", place, user=NOBODY, check=False)
+    assert SECRET not in machine.journal()
+    assert SECRET not in machine.run("systemctl", "show", SERVICE)
+
+
+def test_the_scrub_asks_the_running_service(machine: Machine, read: Callable[[], None]) -> None:
+    read()
+    machine.run("systemctl", "start", "weightfs-verify.service")
+    assert "ok, 4 chunks (3.0 MiB) checked" in machine.journal("-u", "weightfs-verify.service")
+    machine.run("systemctl", "start", "weightfs-verify.timer")
+    assert machine.show("weightfs-verify.timer", "ActiveState") == "active"
+
+
+def test_a_killed_daemon_comes_back(machine: Machine, read: Callable[[], None]) -> None:
+    restarts = machine.show(SERVICE, "NRestarts")
+    machine.run("kill", "-KILL", machine.show(SERVICE, "MainPID"))
+    machine.until_active(SERVICE, after=restarts)
+    assert mounted(machine) == ["/mnt/models"], "the dead mount is gone"
+    read()
+
+
+def test_a_stopped_daemon_is_noticed_and_comes_back(machine: Machine, read: Callable[[], None]) -> None:
+    restarts = machine.show(SERVICE, "NRestarts")
+    machine.run("kill", "-STOP", machine.show(SERVICE, "MainPID"))
+    machine.until_active(SERVICE, after=restarts)
+    journal = machine.journal("-u", SERVICE)
+    assert "Watchdog timeout" in journal
+    assert "Fatal Python error: Aborted" in journal, "and says what it was doing"
+    assert mounted(machine) == ["/mnt/models"]
+    read()
+
+
+def test_a_stop_leaves_nothing(machine: Machine, read: Callable[[], None]) -> None:
+    read()
+    try:
+        machine.run("systemctl", "stop", SERVICE)
+        assert machine.show(SERVICE, "Result") == "success"
+        assert machine.show("ollama.service", "ActiveState") == "inactive", "it was stopped first"
+        assert mounted(machine) == []
+        assert not machine.path("/run/weightfs/weightfs").exists()
+        look = (
+            "import sys, time; from pathlib import Path; from weightfs.store.cache import Cache\n"
+            "cache = Cache.open(Path(sys.argv[1]), create=False, now=int(time.time()))\n"
+            "print(cache.was_clean, cache.check(deep=True)); cache.close()"
+        )
+        python = machine.path("/opt/weightfs/bin/python")
+        launcher = machine.path("/opt/weightfs/bin/weightfs").read_text()
+        python.write_text(launcher.replace(" -m weightfs ", " "))
+        python.chmod(0o755)
+        owner = int(machine.run("id", "-u", "weightfs"))
+        assert machine.run("/opt/weightfs/bin/python", "-c", look, CACHE, user=owner) == "True []\n"
+        # Nobody scrubs a cache that nobody serves: the lock would keep the service from starting.
+        machine.run("systemctl", "start", "weightfs-verify.service", check=False)
+        last = machine.journal("-u", "weightfs-verify.service").splitlines()[-1]
+        assert "failed with result 'dependency'" in last
+    finally:
+        machine.run("systemctl", "start", SERVICE, "ollama.service")
+    read()
+
+
+def test_a_wrong_setting_is_said_once(machine: Machine, origin: Nginx) -> None:
+    machine.write("/etc/weightfs/lab.toml", "fil = 'all'\n")
+    machine.run("systemctl", "start", "weightfs@lab.service", check=False)
+    assert machine.show("weightfs@lab.service", "ActiveState") == "failed"
+    assert machine.show("weightfs@lab.service", "NRestarts") == "0"
+    assert machine.show("weightfs@lab.service", "ExecMainStatus") == "2"
+    assert "unknown key 'fil'; the nearest known one is 'fill'" in machine.journal("-u", "weightfs@lab.service")
+
+
+def test_a_second_mount_beside_the_first(machine: Machine, origin: Nginx) -> None:
+    machine.write("/etc/weightfs/lab.toml", f'refs = ["{origin.url("m.gguf")}"]\n')
+    machine.run("systemctl", "reset-failed", check=False)
+    machine.run("systemctl", "start", "weightfs@lab.service")
+    assert sorted(mounted(machine)) == ["/mnt/lab", "/mnt/models"]
+    assert machine.run("stat", "-c", "%U %a", f"{CACHE}-lab").strip() == "weightfs 700"
+    # Not at a place where another one lives: its mount stays.
+    machine.write("/etc/systemd/system/weightfs@other.service.d/m.conf", "[Service]\nEnvironment=MOUNTPOINT=/mnt/models\n")
+    machine.write("/etc/weightfs/other.toml", "")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", "weightfs@other.service", check=False)
+    machine.run("systemctl", "stop", "weightfs@other.service")
+    assert "already a live weightfs mount" in machine.journal("-u", "weightfs@other.service")
+    assert sorted(mounted(machine)) == ["/mnt/lab", "/mnt/models"]
+    machine.run("systemctl", "stop", "weightfs@lab.service")
+    assert mounted(machine) == ["/mnt/models"]
