@@ -45,15 +45,35 @@ def status(*refs: tuple[FileStatus, ...], **more: object) -> EngineStatus:
         (status((file("a", present=10 * MIB),)), 0, "1 model, 100% of 10.0 MiB here"),
         (status((file("a", size=0),)), 0, "1 model, 100% of 0 B here"),
         (status((file("a", present=10 * MIB - 1),)), 0, "1 model, 99% of 10.0 MiB here"),
-        (status((file("a", present=10 * MIB),), (file("a", present=10 * MIB),)), 0, "2 models, 100% of 10.0 MiB here"),
-        (status((file("a"), file("b", waiting=1))), 2.5 * MIB, "1 model, 0% of 20.0 MiB here; 1 reader waiting; fetching 2.5 MiB/s"),
-        (status((file("a", waiting=2), file("b", waiting=3))), 0, "1 model, 0% of 20.0 MiB here; 5 readers waiting"),
+        (
+            status((file("a", present=10 * MIB),), (file("a", present=10 * MIB),)),
+            0,
+            "2 models, 100% of 10.0 MiB here",
+        ),
+        (
+            status((file("a"), file("b", waiting=1))),
+            2.5 * MIB,
+            "1 model, 0% of 20.0 MiB here; 1 reader waiting; fetching 2.5 MiB/s",
+        ),
+        (
+            status((file("a", waiting=2), file("b", waiting=3))),
+            0,
+            "1 model, 0% of 20.0 MiB here; 5 readers waiting",
+        ),
         (status(trouble="no room"), 0, "no models; trouble: no room"),
         (status(mismatched_chunks=1), 0, "no models; 1 chunk came damaged and was refused"),
-        (status(mismatched_chunks=2, disk_faults=1), 0, "no models; 2 chunks came damaged and were refused; 1 chunk that the disk did not keep"),
-        (status((file("a", error="it says 404"),)), 0, "1 model, 0% of 10.0 MiB here; 1 file cannot be fetched (it says 404)"),
+        (
+            status(mismatched_chunks=2, disk_faults=1),
+            0,
+            "no models; 2 chunks came damaged and were refused; 1 chunk that the disk did not keep",
+        ),
+        (
+            status((file("a", error="it says 404"),)),
+            0,
+            "1 model, 0% of 10.0 MiB here; 1 file cannot be fetched (it says 404)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_line(given: EngineStatus, rate: float, text: str) -> None:
     assert standing.status_text(given, rate) == text
 
@@ -164,5 +184,3 @@ async def test_a_real_engine_answers(tmp_path: Path) -> None:
         with trio.fail_after(30):
             await engine.probe()
         assert standing.status_text(engine.status(), 0) == "no models"
-
-

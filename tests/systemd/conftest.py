@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -15,20 +16,29 @@ REPOSITORY = Path(__file__).parents[2]
 LAUNCHER = "/opt/weightfs/bin/weightfs"
 
 
-def run_installer(command: str, tree: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the installer with DESTDIR=tree."""
-    return subprocess.run(
-        [str(REPOSITORY / "systemd" / "install.sh"), command],
-        env={"PATH": os.environ["PATH"], "DESTDIR": str(tree), **variables},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+class RunInstaller(Protocol):
+    """`systemd/install.sh COMMAND` with DESTDIR=tree."""
+
+    def __call__(self, command: str, tree: Path, **variables: str) -> subprocess.CompletedProcess[str]: ...
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_installer() -> RunInstaller:
+    def run(command: str, tree: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(REPOSITORY / "systemd" / "install.sh"), command],
+            env={"PATH": os.environ["PATH"], "DESTDIR": str(tree), **variables},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def installed(run_installer: RunInstaller, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree with the units in /etc, and a `weightfs` that runs this interpreter and this package."""
     tree = tmp_path_factory.mktemp("installed")
     done = run_installer(

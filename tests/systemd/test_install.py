@@ -11,7 +11,6 @@ import pytest
 
 pytestmark = pytest.mark.systemd
 
-REPOSITORY = Path(__file__).parents[2]
 UNIT = "lib/systemd/system/weightfs.service"
 CONFIG = "etc/weightfs/config.toml"
 
@@ -19,16 +18,11 @@ Installer = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def installer(tmp_path: Path) -> Installer:
+def installer(run_installer: Installer, tmp_path: Path) -> Installer:
+    """Into `dest`; with the exit code that is expected."""
+
     def run(command: str, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [str(REPOSITORY / "systemd" / "install.sh"), command],
-            env={"PATH": os.environ["PATH"], "DESTDIR": str(tmp_path / "dest"), **variables},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+        done = run_installer(command, tmp_path / "dest", **variables)
         assert done.returncode == code, done.stderr
         return done
 
@@ -50,7 +44,12 @@ def test_twice_is_once_and_nothing_stays(installer: Installer, tmp_path: Path) -
     theirs.write_text("")
     installer("units")
     once = contents(tree)
-    assert {UNIT, CONFIG, "usr/lib/systemd/user/weightfs.service", "usr/lib/sysusers.d/weightfs.conf"} <= once.keys()
+    assert {
+        UNIT,
+        CONFIG,
+        "usr/lib/systemd/user/weightfs.service",
+        "usr/lib/sysusers.d/weightfs.conf",
+    } <= once.keys()
     assert once[UNIT][0] == 0o644
     installer("units")
     assert contents(tree) == once
@@ -101,7 +100,9 @@ def test_what_cannot_be_written_into_a_unit_is_refused(installer: Installer) -> 
     assert "say install, units or uninstall" in installer("instal", code=1).stderr
 
 
-@pytest.mark.skipif(not os.environ.get("WEIGHTFS_SOAK"), reason="builds everything from source: `make soak` does it")
+@pytest.mark.skipif(
+    not os.environ.get("WEIGHTFS_SOAK"), reason="builds everything from source: `make soak` does it"
+)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_whole(installer: Installer, tmp_path: Path) -> None:
@@ -111,10 +112,14 @@ def test_the_whole(installer: Installer, tmp_path: Path) -> None:
     assert launcher.stat().st_mode & 0o777 == 0o755
     python = tree / "opt/w/lib/weightfs/venv/bin/python"
     command = launcher.read_text().replace("/opt/w/", f"{tree}/opt/w/")
-    said = subprocess.run(["/bin/sh", "-c", command, "sh", "--version"], capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["/bin/sh", "-c", command, "sh", "--version"], capture_output=True, text=True, check=True
+    )
     assert said.stdout.startswith("weightfs ")
     for module in ("pyfuse3", "lmdb", "weightfs.mount.serve"):
         subprocess.run([str(python), "-I", "-c", f"import {module}"], check=True)
-    assert not list((tree / "opt/w/lib/weightfs/venv").rglob("pytest")), "what only development needs is not there"
+    assert not list((tree / "opt/w/lib/weightfs/venv").rglob("pytest")), (
+        "what only development needs is not there"
+    )
     installer("uninstall", PREFIX="/opt/w")
     assert not list(tree.rglob("*weightfs*"))

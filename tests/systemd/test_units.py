@@ -24,7 +24,9 @@ HIDE_THE_MOUNT = re.compile(
     r"|PrivateIPC|PrivateDevices|PrivateUsers|\w+Paths|TemporaryFileSystem|Bind\w+|RootDirectory|RootImage)=",
     re.MULTILINE,
 )
-BREAK_FUSERMOUNT = re.compile(r"^(NoNewPrivileges|RestrictSUIDSGID|SystemCall\w+|Restrict\w+|Private\w+|Lock\w+)=", re.MULTILINE)
+BREAK_FUSERMOUNT = re.compile(
+    r"^(NoNewPrivileges|RestrictSUIDSGID|SystemCall\w+|Restrict\w+|Private\w+|Lock\w+)=", re.MULTILINE
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,9 @@ def test_systemd_finds_nothing_wrong_with_the_users_unit(tree: Path, tmp_path: P
     text = (tree / "etc/systemd/user/weightfs.service").read_text()
     unit = tmp_path / "weightfs.service"
     unit.write_text(text.replace("/opt/weightfs", f"{tree}/opt/weightfs"))  # --user knows no --root
-    done = analyze("verify", "--user", "--man=no", str(unit), XDG_RUNTIME_DIR=str(tmp_path), HOME=str(tmp_path))
+    done = analyze(
+        "verify", "--user", "--man=no", str(unit), XDG_RUNTIME_DIR=str(tmp_path), HOME=str(tmp_path)
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -91,9 +95,15 @@ def test_the_instance_differs_in_its_names_alone(tree: Path) -> None:
     def settings(unit: str) -> set[str]:
         lines = (tree / "etc/systemd/system" / unit).read_text().splitlines()
         kept = {line for line in lines if "=" in line and not line.startswith("#")}
-        return {line for line in kept if not line.startswith(("Description=", "ExecStart=", "CacheDirectory="))}
+        return {
+            line for line in kept if not line.startswith(("Description=", "ExecStart=", "CacheDirectory="))
+        }
 
-    assert {line for line in settings("weightfs.service") ^ settings("weightfs@.service") if "MOUNTPOINT=" not in line} == set()
+    assert {
+        line
+        for line in settings("weightfs.service") ^ settings("weightfs@.service")
+        if "MOUNTPOINT=" not in line
+    } == set()
 
 
 def test_every_program_is_there(tree: Path) -> None:

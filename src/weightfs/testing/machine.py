@@ -45,11 +45,13 @@ mkdir -p etc/systemd/system etc/systemd/journald.conf.d
 cp -a /etc/alternatives /etc/ld.so.cache etc/
 printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n' >etc/passwd
 printf 'root:x:0:\nnogroup:x:65534:\n' >etc/group
+ln -s /proc/self/mounts etc/mtab # fusermount3 reads it
 printf 'passwd: files\ngroup: files\nhosts: files\n' >etc/nsswitch.conf
 printf '127.0.0.1 localhost\n' >etc/hosts
 printf '0123456789abcdef0123456789abcdef\n' >etc/machine-id
 # Not Audit=no: that would switch the kernel's auditing off, which is not ours.
-printf '[Journal]\nStorage=volatile\nAudit=\nReadKMsg=no\nRateLimitIntervalSec=0\n' >etc/systemd/journald.conf.d/test.conf
+printf '[Journal]\nStorage=volatile\nAudit=\nReadKMsg=no\nRateLimitIntervalSec=0\n' \
+  >etc/systemd/journald.conf.d/test.conf
 for unit in usr/lib/systemd/system/*.wants/* usr/lib/systemd/system/systemd-remount-fs.service \
   usr/lib/systemd/system/systemd-journald-audit.socket; do
   case ${unit##*/} in
@@ -202,7 +204,18 @@ class Machine:
         """
         identity = () if user is None else ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
         path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        command = ["nsenter", "-t", str(self.pid), "-a", "env", "-i", f"PATH={path}", "SYSTEMD_PAGER=", *identity, *argv]
+        command = [
+            "nsenter",
+            "-t",
+            str(self.pid),
+            "-a",
+            "env",
+            "-i",
+            f"PATH={path}",
+            "SYSTEMD_PAGER=",
+            *identity,
+            *argv,
+        ]
         try:
             done = subprocess.run(  # noqa: S603 - the test's own
                 command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
