@@ -77,10 +77,18 @@ def test_the_exposure_does_not_grow(tree: Path, unit: str) -> None:
 
 
 @pytest.mark.parametrize("unit", ["weightfs.service", "weightfs@.service"])
-def test_nothing_hides_the_mount(tree: Path, unit: str) -> None:
+def test_nothing_hides_the_mount_and_the_service_is_watched(tree: Path, unit: str) -> None:
     text = (tree / "etc/systemd/system" / unit).read_text()
     assert not HIDE_THE_MOUNT.findall(text)
-    assert "DeviceAllow=/dev/fuse rw" in text
+    lines = text.splitlines()
+    # Whatever else changes: told by the daemon, watched, restarted, and ended within a bound.
+    assert {
+        "Type=notify",
+        "WatchdogSec=30s",
+        "Restart=on-failure",
+        "KillMode=mixed",
+        "TimeoutStopSec=30s",
+    } <= set(lines)
 
 
 def test_nothing_keeps_a_user_from_mounting(tree: Path) -> None:
