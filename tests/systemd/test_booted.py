@@ -326,3 +326,14 @@ def test_a_user_has_a_mount_of_his_own(machine: Machine, model: str) -> None:
     alice("systemctl", "--user", "stop", "weightfs")
     assert "/home/alice/models" not in mounted(machine)
     machine.run("systemctl", "stop", "alice.service")
+
+
+def test_the_watchdog_leaves_a_sound_service_alone(machine: Machine) -> None:
+    """Last: by now the service has run for much longer than it may be silent, under the load of all of the above."""
+    deliberate = 1  # of test_a_stopped_daemon_is_noticed_and_comes_back
+    until(
+        lambda: float(machine.run("sh", "-c", "cut -d' ' -f1 /proc/uptime"))
+        > int(machine.show(SERVICE, "ActiveEnterTimestampMonotonic")) / 1e6 + 8,
+        "the service has run for longer than the watchdog's six seconds",
+    )
+    assert machine.journal("-u", SERVICE).count("Watchdog timeout") <= deliberate
