@@ -7,7 +7,7 @@
 #   install.sh uninstall   removes what the two have put there, and nothing else
 #
 # Environment: PREFIX (/usr/local); DESTDIR (empty: this machine, else a tree to be packed); PYTHON (/usr/bin/python3);
-# UNITDIR, USERUNITDIR, SYSUSERSDIR, CONFDIR: see below.
+# UNITDIR, USERUNITDIR, SYSUSERSDIR, SBINDIR, CONFDIR: see below.
 #
 # Rule: a file is replaced or removed only if the list PREFIX/lib/weightfs/installed names it, which `place` alone writes.
 set -eu
@@ -20,6 +20,7 @@ PYTHON=${PYTHON:-/usr/bin/python3}
 UNITDIR=${UNITDIR:-/lib/systemd/system}
 USERUNITDIR=${USERUNITDIR:-/usr/lib/systemd/user}
 SYSUSERSDIR=${SYSUSERSDIR:-/usr/lib/sysusers.d}
+SBINDIR=${SBINDIR:-/sbin} # mount(8) looks for its helpers there, and nowhere else
 CONFDIR=${CONFDIR:-/etc/weightfs}
 WEIGHTFS=${WEIGHTFS:-$PREFIX/bin/weightfs}
 LIBDIR=$PREFIX/lib/weightfs
@@ -105,6 +106,7 @@ install_units() {
     place_with_paths "systemd/$unit" "$UNITDIR/$unit" 0644
   done
   place_with_paths systemd/weightfs-user.service "$USERUNITDIR/weightfs.service" 0644
+  place_with_paths systemd/mount.weightfs "$SBINDIR/mount.weightfs" 0755
   place systemd/sysusers.conf "$SYSUSERSDIR/weightfs.conf" 0644
   place systemd/ollama.service.d/weightfs.conf "$DOCDIR/ollama.service.d/weightfs.conf" 0644
   for page in systemd configuration semantics; do

@@ -136,6 +136,11 @@ def mounted(machine: Machine) -> list[str]:
     return machine.run("findmnt", "-rno", "TARGET", "-t", "fuse.weightfs", check=False).split()
 
 
+def capabilities(machine: Machine, pid: str) -> int:
+    lines = machine.path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("CapEff")).split()[1], 16)
+
+
 def test_everything_has_booted(machine: Machine) -> None:
     assert machine.run("systemctl", "is-system-running").strip() == "running"
     assert machine.run("stat", "-c", "%U %a", CACHE).strip() == "weightfs 700"
@@ -144,15 +149,11 @@ def test_everything_has_booted(machine: Machine) -> None:
 
 
 def test_who_talks_to_the_network_has_no_capabilities(machine: Machine) -> None:
-    def capabilities(pid: str) -> str:
-        lines = machine.path(f"/proc/{pid}/status").read_text().splitlines()
-        return next(line for line in lines if line.startswith("CapPrm")).split()[1]
-
-    assert int(capabilities(machine.show(SERVICE, "MainPID")), 16) == 1 << 21, "CAP_SYS_ADMIN"
+    assert capabilities(machine, machine.show(SERVICE, "MainPID")) == 1 << 21, "CAP_SYS_ADMIN"
     workers = machine.run("pgrep", "-u", "weightfs", "-f", "weightfs.engine.worker").split()
     assert workers
     until(
-        lambda: {int(capabilities(worker), 16) for worker in workers} == {0},
+        lambda: {capabilities(machine, worker) for worker in workers} == {0},
         "every worker that has started has given them up",
     )
 
@@ -328,12 +329,57 @@ def test_a_user_has_a_mount_of_his_own(machine: Machine, model: str) -> None:
     machine.run("systemctl", "stop", "alice.service")
 
 
+def daemon_at(machine: Machine, place: str) -> list[str]:
+    return machine.run("pgrep", "-u", "weightfs", "-f", f"weightfs mount .*{place}", check=False).split()
+
+
+def test_mount_by_hand(machine: Machine, origin: Nginx) -> None:
+    machine.run("mkdir", "/mnt/hand")
+    url = origin.url("m.gguf")
+    options = "cache=/var/cache/hand,config=/dev/null,read-timeout=1m,nopassthrough,_netdev"
+    machine.run("mount", "-t", "weightfs", url, "/mnt/hand", "-o", options)
+    model = f"/mnt/hand/models/http/127.0.0.1:{origin.port}/m.gguf"
+    assert machine.run("sha256sum", model, user=NOBODY).startswith(hashlib.sha256(MODEL).hexdigest())
+    device = machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/hand").strip()
+    assert machine.run("cat", f"/sys/class/bdi/{device}/read_ahead_kb").strip() == "4096"
+    (pid,) = daemon_at(machine, "/mnt/hand")
+    assert capabilities(machine, pid) == 1 << 21, "CAP_SYS_ADMIN alone"
+    machine.run("umount", "/mnt/hand")
+    until(lambda: not daemon_at(machine, "/mnt/hand"), "the daemon has ended")
+    assert mounted(machine) == ["/mnt/models"]
+    said = machine.run(
+        "sh", "-c", f"mount -t weightfs {url} /mnt/hand -o fil=all,cache=/var/cache/hand 2>&1; echo $?"
+    ).splitlines()
+    assert "No such option '--fil'" in said[0]
+    assert said[-1] == "32", "as mount(8) says"
+
+
+def test_fstab_with_automount(machine: Machine, origin: Nginx) -> None:
+    machine.run("mkdir", "/mnt/auto")
+    options = "noauto,_netdev,x-systemd.automount,cache=/var/cache/auto,config=/dev/null"
+    machine.write("/etc/fstab", f"{origin.url('m.gguf')} /mnt/auto weightfs {options} 0 0\n")
+    place = "/run/systemd/system"
+    machine.run("mkdir", "-p", place)
+    machine.run("/usr/lib/systemd/system-generators/systemd-fstab-generator", place, place, place)
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", "mnt-auto.automount")
+    assert machine.show("mnt-auto.mount", "ActiveState") == "inactive"
+    model = f"/mnt/auto/models/http/127.0.0.1:{origin.port}/m.gguf"
+    assert machine.run("sha256sum", model, user=NOBODY).startswith(hashlib.sha256(MODEL).hexdigest())
+    assert machine.show("mnt-auto.mount", "ActiveState") == "active"
+    machine.run("systemctl", "stop", "mnt-auto.automount", "mnt-auto.mount")
+    assert mounted(machine) == ["/mnt/models"]
+    until(lambda: not daemon_at(machine, "/mnt/auto"), "the daemon has ended")
+
+
 def test_the_watchdog_leaves_a_sound_service_alone(machine: Machine) -> None:
     """Last: by now the service has run for much longer than it may be silent, under the load of all of the above."""
     deliberate = 1  # of test_a_stopped_daemon_is_noticed_and_comes_back
     until(
-        lambda: float(machine.run("sh", "-c", "cut -d' ' -f1 /proc/uptime"))
-        > int(machine.show(SERVICE, "ActiveEnterTimestampMonotonic")) / 1e6 + 8,
+        lambda: (
+            float(machine.run("sh", "-c", "cut -d' ' -f1 /proc/uptime"))
+            > int(machine.show(SERVICE, "ActiveEnterTimestampMonotonic")) / 1e6 + 8
+        ),
         "the service has run for longer than the watchdog's six seconds",
     )
     assert machine.journal("-u", SERVICE).count("Watchdog timeout") <= deliberate

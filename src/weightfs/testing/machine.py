@@ -37,7 +37,9 @@ ln -s ../run var/run
 chmod 1777 tmp var/tmp
 bind() { mount --bind "$1" "$2"; mount -o remount,bind,ro "$2"; }
 bind /usr usr
-for name in bin sbin lib lib32 lib64 libx32; do
+mkdir sbin # of links, so that helpers of mount(8) can be put beside them
+ln -s /usr/sbin/* sbin/
+for name in bin lib lib32 lib64 libx32; do
   if [ -L "/$name" ]; then cp -a "/$name" .; elif [ -d "/$name" ]; then mkdir "$name"; bind "/$name" "$name"; fi
 done
 while read -r directory; do mkdir -p ".$directory"; bind "$directory" ".$directory"; done <"$3"
@@ -63,7 +65,7 @@ cp -a "$2/." .
 chmod 755 . # the tree may be a private directory
 chown -R 0:0 etc
 mount -t tmpfs -o mode=755 tmpfs dev
-set -- null 1 3 zero 1 5 full 1 7 random 1 8 urandom 1 9 tty 5 0 fuse 10 229
+set -- null 1 3 zero 1 5 full 1 7 random 1 8 urandom 1 9 tty 5 0 fuse 10 229 autofs 10 235
 while [ "$#" -gt 0 ]; do mknod -m 666 "dev/$1" c "$2" "$3"; shift 3; done
 ln -s /proc/self/fd dev/fd
 mkdir dev/shm dev/pts dev/mqueue dev/hugepages
