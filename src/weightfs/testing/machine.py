@@ -142,7 +142,9 @@ class Machine:
         # The cgroup namespace begins where its first process is when it is made.
         enter = (
             f"echo $$ >{self._cgroup}/cgroup.procs; "
-            'exec unshare --mount --pid --cgroup --uts --ipc --fork --kill-child sh -c "$0" sh "$@"'
+            # And whoever kills the tests kills the machine.
+            "exec setpriv --pdeathsig KILL unshare --mount --pid --cgroup --uts --ipc --fork --kill-child "
+            'sh -c "$0" sh "$@"'
         )
         with log.open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 - our own script
