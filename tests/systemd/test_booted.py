@@ -207,6 +207,9 @@ def test_a_killed_daemon_comes_back(machine: Machine, read: Callable[[], None], 
     machine.until_active(SERVICE, after=restarts)
     assert mounted(machine) == ["/mnt/models"], "the dead mount is gone"
     read()
+    told = machine.journal("-u", SERVICE, "-p", "info", "_PID=" + machine.show(SERVICE, "MainPID"))
+    assert "INFO weightfs.app.daemon: /mnt/models serves the cache" in told, "its priority is taken off"
+    assert "INFO" not in machine.journal("-u", SERVICE, "-p", "warning")
     ollama = machine.show("ollama.service", "MainPID")
     assert machine.run("nsenter", "-t", ollama, "-m", "sha256sum", model).startswith(
         hashlib.sha256(MODEL).hexdigest()
@@ -258,6 +261,7 @@ def test_a_wrong_setting_is_said_once(machine: Machine, origin: Nginx) -> None:
     assert machine.show("weightfs@lab.service", "ActiveState") == "failed"
     assert machine.show("weightfs@lab.service", "NRestarts") == "0"
     assert machine.show("weightfs@lab.service", "ExecMainStatus") == "2"
+    machine.run("systemctl", "reset-failed", "weightfs@lab.service")
     assert "unknown key 'fil'; the nearest known one is 'fill'" in machine.journal(
         "-u", "weightfs@lab.service"
     )
@@ -265,7 +269,6 @@ def test_a_wrong_setting_is_said_once(machine: Machine, origin: Nginx) -> None:
 
 def test_a_second_mount_beside_the_first(machine: Machine, origin: Nginx) -> None:
     machine.write("/etc/weightfs/lab.toml", f'refs = ["{origin.url("m.gguf")}"]\n')
-    machine.run("systemctl", "reset-failed", check=False)
     machine.run("systemctl", "start", "weightfs@lab.service")
     assert sorted(mounted(machine)) == ["/mnt/lab", "/mnt/models"]
     assert machine.run("stat", "-c", "%U %a", f"{CACHE}-lab").strip() == "weightfs 700"
