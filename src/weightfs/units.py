@@ -56,6 +56,19 @@ def format_size(count: float) -> str:
     return f"{count:.1f} {unit}"
 
 
+def format_count(count: int) -> str:
+    """`8030261312` → `8.03 B`: three significant digits and thousands, as parameters of models are counted."""
+    scaled = float(count)
+    for unit in ("", "K", "M", "B", "T"):
+        if scaled < 999.5 or unit == "T":
+            break
+        scaled /= 1000
+    if not unit:
+        return str(count)
+    decimals = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+    return f"{scaled:.{decimals}f} {unit}"
+
+
 def format_duration(seconds: float) -> str:
     """`90` → `1m30s`; under ten seconds with one decimal."""
     if seconds < 10:

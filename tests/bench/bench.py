@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -47,6 +48,8 @@ def machine(work: Path, sizes: str) -> dict[str, str]:
                 run("curl", "--version").split("\n")[0].split(" (")[0],
                 run("aria2c", "--version").split("\n")[0],
                 run("rclone", "version").split("\n")[0],
+                run("skopeo", "--version").strip(),
+                "huggingface_hub " + importlib.metadata.version("huggingface_hub"),
                 "weightfs "
                 + run(sys.executable, "-c", "import weightfs; print(weightfs.__version__)").strip(),
             ]
@@ -88,9 +91,10 @@ def main() -> int:
         work = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-bench-", dir=parent)))
         shm = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-bench-", dir=SHM)))
         bench = ends.enter_context(Bench(work, shm, arguments.rounds, arguments.size * MIB))
+        missing = [peer for peer in ("rclone", "skopeo") if not shutil.which(peer)]
+        if missing:
+            sys.exit(f"bench: {' and '.join(missing)} is missing: run `make bench`, which installs it")
         about = machine(work, f"{arguments.size} MiB files, {arguments.rounds} rounds")
-        if not shutil.which("rclone"):
-            sys.exit("bench: rclone is missing: run `make bench`, which installs it")
         for key, row in selected.items():
             print(f"bench: {key} …", flush=True)
             started = time.monotonic()

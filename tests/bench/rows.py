@@ -24,6 +24,7 @@ from contenders import (
 from ground import MB, NAME, TLS, Bench, stored
 from report import OURS, Aim, Measure
 from rows_load import latency_under_fill, memory, start
+from rows_registries import pull_hub, pull_oci
 
 from weightfs.testing.link import Link
 
@@ -241,6 +242,8 @@ ROWS: dict[str, Callable[[Bench], Measure | list[Measure]]] = {
     "fill-https-disk": fill_row("fill-https-disk", "https", on_disk=True),
     "fill-https-tmpfs": fill_row("fill-https-tmpfs", "https", on_disk=False),
     "pull-start": pull_start,
+    "pull-oci": pull_oci,
+    "pull-hf": pull_hub,
     "cold-read": cold_read,
     "cached-read": cached_read,
     "scattered": scattered,

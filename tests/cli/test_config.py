@@ -36,6 +36,9 @@ def test_everything_at_once(tmp_path: Path) -> None:
         fill = "all"
         allow-other = true
         passthrough = false
+        browse = true
+        browse-ttl = "5m"
+        browse-timeout = 3
         read-timeout = "1m"
         policy = "strict"
         trusted-keys = ["{KEY}"]
@@ -64,6 +67,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
         url = "http://mirror.lan/models/"
         """,
     )
+    assert (config.browse, config.browse_ttl, config.browse_timeout) == (True, 300, 3)
     fetch = fetch_settings(config, chunks=None, env={"TOKEN": "hunter2\n"})
     assert fetch.headers == (("Authorization", "Bearer hunter2"),)
     assert (fetch.retry, fetch.retry_delay, fetch.timeout) == (7, 0.1, 12)
@@ -196,6 +200,25 @@ def test_relative_paths_belong_to_where_one_is(tmp_path: Path, monkeypatch: pyte
         (
             "trusted-keys = ['/no/such.pub']",
             "the key file /no/such.pub cannot be read: No such file or directory",
+        ),
+        ("browse = 'maybe'", "browse: must be true or false"),
+        ("browse-ttl = 0", "browse-ttl: must be from 1.0s to 24h"),
+        ("browse-timeout = '1h'", "browse-timeout: must be from 0.1s to 10m"),
+        ("hf-endpoint = 'hub.lan'", "hf-endpoint: 'hub.lan' is not the URL of an API, such as"),
+        ("hf-token = 'x'", "unknown key 'hf-token'; the nearest known one is 'hf-token-file'"),
+        ("[[endpoint]]\nurl = 'http://h/'", "endpoint[1].host is missing; add it"),
+        ("[[endpoint]]\nhost = 'h'\nuri = 'http://h/'", "'endpoint[1].uri'; the nearest known one is 'url'"),
+        (
+            "[[endpoint]]\nhost = 'https://h/'\nurl = 'http://h/'",
+            "endpoint[1].host: 'https://h/' is not a registry's host as refs name it",
+        ),
+        (
+            "[[endpoint]]\nhost = 'h'\nurl = 'http://h/?q=1'",
+            "endpoint[1].url: 'http://h/' is not the URL of an API",
+        ),
+        (
+            "[[endpoint]]\nhost='docker.io'\nurl='http://h'\n[[endpoint]]\nhost='INDEX.docker.io'\nurl='http://g'",
+            "endpoint: the host docker.io has two endpoints; keep one of them",
         ),
         ("proxy = 'socks5://h:1'", "proxy: a proxy is written http://host:port"),
         ("cache = ''", "cache: '' is not a path"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from weightfs.units import (
     DURATION_UNITS,
     SIZE_UNITS,
+    format_count,
     format_duration,
     format_size,
     parse_duration,
@@ -80,3 +81,22 @@ def test_shown() -> None:
         "5120 TiB",
     ]
     assert [format_duration(s) for s in (0.25, 90, 3600, 86_401)] == ["0.2s", "1m30s", "1h", "24h1s"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00 K"),
+        (9_996, "10.0 K"),
+        (135_000_000, "135 M"),
+        (999_600_000, "1.00 B"),
+        (8_030_261_312, "8.03 B"),
+        (70_553_706_496, "70.6 B"),
+        (1_026_000_000_000, "1.03 T"),
+        (5 * 10**18, "5000000 T"),
+    ],
+)
+def test_counts(count: int, text: str) -> None:
+    assert format_count(count) == text

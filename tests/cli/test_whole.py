@@ -191,6 +191,7 @@ def test_pull_that_is_interrupted_goes_on_from_there(slow_stage: Stage) -> None:
     with slow_stage.started("pull", ref, "--max-jobs", "2") as process:
         wait_until(lambda: socket_path(slow_stage.cache).exists())
         wait_until(lambda: any(ref_["present_bytes"] for ref_ in slow_stage.status()["refs"]))
+        slow_stage.nginx.pause()  # on a busy machine the rest would come before the next command has started
         assert slow_stage.status()["role"] == "pull"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=BOUND)
@@ -223,6 +224,43 @@ def test_verify_finds_and_repairs_a_flipped_bit(stage: Stage) -> None:
 
 
 # ---- mount
+
+
+@pytest.mark.mount
+def test_add_restart_update_pin_and_rm_with_a_mount(stage: Stage) -> None:
+    """What was added to a running mount is shown by the next one; a changed file is followed when asked for."""
+    ref = stage.put("m.gguf")
+    stage.run("mount", "--detach", "--fill", "never", stage.mountpoint)
+    stage.run("add", ref)
+    wait_until(lambda: stage.path("m.gguf").exists())
+    assert stage.read("m.gguf") == DATA
+    stage.run("umount", stage.mountpoint)
+    stage.nginx.pause()
+    stage.run("mount", "--detach", "--fill", "never", stage.mountpoint)
+    assert stage.read("m.gguf") == DATA
+    stage.nginx.resume()
+
+    newer = DATA[:-1]
+    stage.put("m.gguf", newer)
+    assert stage.read("m.gguf") == DATA  # nobody has asked
+    (update,) = json.loads(stage.run("update", "--json").stdout)["updates"]
+    assert (update["ref"], update["outcome"]) == (ref, "updated")
+    told = stage.run("update", ref).stdout
+    assert told == f"{ref}: unchanged, {update['new_revision']}\n"
+    wait_until(lambda: stage.path("m.gguf").stat().st_size == len(newer))
+    assert stage.read("m.gguf") == newer
+
+    stage.put("n.gguf")
+    assert "pinned" in stage.run("add", "--pin", stage.nginx.url("n.gguf")).stdout
+    wait_until(lambda: all(ref_["complete"] for ref_ in stage.status()["refs"]))
+    assert [ref_["pinned"] for ref_ in stage.status()["refs"]] == [False, True]
+    assert "no longer pinned" in stage.run("unpin", stage.nginx.url("n.gguf")).stdout
+    refused = stage.run("add", "--retry", "3", ref, code=2)
+    assert "--retry would be ignored" in refused.stderr
+    stage.run("rm", ref, stage.nginx.url("n.gguf"))
+    wait_until(lambda: not stage.path("m.gguf").exists())
+    stage.run("umount", stage.mountpoint)
+    assert stage.run("ls").stdout == ""
 
 
 @pytest.mark.mount

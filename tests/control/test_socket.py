@@ -104,6 +104,52 @@ async def test_refresh_is_passed_on(tmp_path: Path) -> None:
         assert one.engine.refreshed == [False, True]
 
 
+@pytest.mark.parametrize("outcome", ["unchanged", "updated", "rolled back"])
+async def test_a_tag_is_followed(tmp_path: Path, outcome: str) -> None:
+    async with connected(tmp_path) as (one, client):
+        await client.add(REF)
+        one.engine.outcome = outcome
+        assert await client.update(REF) == {
+            "ref": REF,
+            "old_revision": "1",
+            "new_revision": "2",
+            "outcome": outcome,
+            "rolled_back": outcome == "rolled back",
+        }
+        with pytest.raises(RefError, match="weightfs ls"):
+            await client.update("https://models.example.com/other.gguf")
+
+
+async def test_a_ref_is_pinned_and_unpinned(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (_, client):
+        assert (await client.add(REF))["pinned"] is False
+        assert (await client.pin(REF, pinned=True))["pinned"] is True
+        assert (await client.refs())[0]["pinned"] is True
+        assert (await client.pin(REF, pinned=False))["pinned"] is False
+        with pytest.raises(RefError, match="weightfs ls"):
+            await client.pin("https://models.example.com/other.gguf", pinned=True)
+
+
+async def test_an_ollama_ref_is_named_in_any_case(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (_, client):
+        await client.add("ollama://aya:8b")
+        for name in ("ollama://Aya:8b", "OLLAMA://registry.ollama.ai/Library/AYA:8B"):
+            assert (await client.pin(name, pinned=True))["ref"] == "ollama://aya:8b"
+            assert (await client.update(name))["ref"] == "ollama://aya:8b"
+        assert (await client.remove("ollama://Aya:8B"))["ref"] == "ollama://aya:8b"
+
+
+async def test_an_origin_that_never_says_is_given_up(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with fake_operations(tmp_path) as (engine, operations):
+        await operations.add(REF)
+        engine.forget_to_answer = True
+        for ask in (operations.add(REF, refresh=True), operations.update(REF)):
+            with pytest.raises(SourceError, match="did not say within 300 s"):
+                await ask
+
+
 async def test_status_says_who_and_what(tmp_path: Path) -> None:
     async with connected(tmp_path) as (_, client):
         await client.add(REF)
@@ -176,10 +222,18 @@ async def test_a_fault_of_ours_ends_one_answer_and_not_the_daemon(
         ("POST", "/v1/refs", b'{"ref": "https://h/m", "refresh": "yes"}', 400, "'refresh'"),
         ("POST", "/v1/refs", b"[" * 60_000, 400, "not JSON"),
         ("POST", "/v1/refs", b"x" * (MAX_BODY + 1), 400, "fewer"),
+        ("POST", "/v1/update", b"{}", 400, "'ref'"),
+        ("POST", "/v1/pin", b'{"ref": "https://h/m"}', 400, "'pinned'"),
+        ("POST", "/v1/pin", b'{"ref": "https://h/m", "pinned": "yes"}', 400, "'pinned'"),
         ("POST", "/v1/verify", b'{"refs": "all"}', 400, "'refs'"),
         ("POST", "/v1/verify", b'{"repair": 1}', 400, "'repair'"),
         ("GET", "/v1/jobs/nope", b"", 400, "no job"),
         ("GET", "/v1/jobs/nope?wait=soon", b"", 400, "'wait'"),
+        ("GET", "/v1/details", b"", 400, "'ref'"),
+        ("GET", "/v1/details?ref=https://h/m&fetch=1", b"", 400, "'fetch'"),
+        ("GET", "/v1/map?by=layer", b"", 400, "'ref'"),
+        ("GET", "/v1/map?ref=https://h/m&by=colour", b"", 400, "'by'"),
+        ("GET", "/v1/map?ref=https://h/m", b"", 400, "not in the cache"),
         ("GET", "/v2/status", b"", 404, "/v2/status"),
         ("PUT", "/v1/refs", b"", 404, "PUT"),
     ],
@@ -192,6 +246,32 @@ async def test_bad_requests(
         assert answer.status_code == status
         assert says in answer.json()["error"]
         assert answer.json()["exit_code"] == UsageError.exit_code
+
+
+async def test_what_is_known_of_a_ref_and_where_its_tensors_lie(tmp_path: Path) -> None:
+    ref = "https://models.example.com/m.gguf?a=b&c=ü#sha256=" + "0" * 64
+    async with connected(tmp_path) as (one, client):
+        name = (await client.add(ref))["ref"]
+        for fetch in (False, True):
+            (model,) = (await client.details(ref, fetch=fetch))["models"]
+            assert model == {"name": "m.gguf", "format": "gguf", "tensor_count": int(fetch), "files": []}
+            document = await client.tensor_map(ref, layers=fetch, fetch=fetch)
+            by = "layer" if fetch else "tensor"
+            assert document == {"ref": name, "by": by, "files": [], "fetch": fetch}
+        one.engine.error = KeyError(name)
+        with pytest.raises(RefError, match="removed meanwhile"):
+            await client.details(ref)
+
+
+async def test_headers_that_do_not_come_are_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr(FakeControlEngine, "details", lambda *_, **__: trio.sleep_forever())
+    async with fake_operations(tmp_path) as (_, operations):
+        await operations.add(REF)
+        with pytest.raises(SourceError, match="try again") as caught:
+            await operations.details(REF)
+        assert caught.value.kind is FailureKind.TIMEOUT
 
 
 async def test_a_fill_is_a_job(tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ async def test_readers_of_a_removed_model_are_told_so(tmp_path: Path) -> None:
         state = engine._catalog.state(blob)
         await engine.remove(str(ref))
         with pytest.raises(ReadError) as caught:
-            await engine._reader._read_slowly(state, ByteSpan(0, SIZE), state.shape.chunks)
+            await engine._reader._read_slowly(
+                state, ByteSpan(0, SIZE), state.shape.chunks, engine._reader._observe
+            )
         assert caught.value.kind is FailureKind.CANCELLED
         await engine.add(ref)
         state.present.clear()

@@ -5,17 +5,45 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightfs.core.geometry import BlobShape
+from weightfs.core.geometry import BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId
-from weightfs.layouts.base import Dir, File, Link
-from weightfs.mount.inodes import ROOT, DirNode, FileNode, LinkNode, Namespace, number_of
+from weightfs.layouts.base import Dir, File, Inline, Item, Link
+from weightfs.mount.inodes import (
+    ROOT,
+    DirNode,
+    FileNode,
+    InlineNode,
+    LinkNode,
+    Namespace,
+    SliceNode,
+    number_of,
+)
 
-Entry = tuple[str, File | Dir | Link]
+Entry = tuple[str, Item]
 
 
 def file(name: str) -> File:
     digest = hashlib.sha256(name.encode()).digest()
     return File(Blob(BlobId.of_digest(digest), BlobShape.of(10), digest, ()))
+
+
+def part(name: str, start: int, stop: int) -> File:
+    return File(file(name).blob, ByteSpan(start, stop))
+
+
+def said(entry: Item) -> str:
+    """What `tree` says of it."""
+    match entry:
+        case File(blob, None):
+            return str(blob.id)
+        case File(blob, ByteSpan(start, stop)):
+            return f"{blob.id}[{start}:{stop}]"
+        case Inline(data):
+            return repr(data)
+        case Link(target):
+            return f"-> {target}"
+        case _:
+            return "dir"
 
 
 def tree(namespace: Namespace) -> dict[str, str]:
@@ -32,6 +60,10 @@ def tree(namespace: Namespace) -> dict[str, str]:
             match child:
                 case FileNode(blob=blob):
                     found[path] = str(blob.id)
+                case SliceNode(blob=blob, span=span):
+                    found[path] = f"{blob.id}[{span.start}:{span.stop}]"
+                case InlineNode(data=data):
+                    found[path] = repr(data)
                 case LinkNode(target=target):
                     found[path] = f"-> {target}"
                 case DirNode():
@@ -43,6 +75,36 @@ def tree(namespace: Namespace) -> dict[str, str]:
     assert isinstance(root, DirNode)
     walk(root, "")
     return found
+
+
+def test_slices_and_inline_files_have_inodes_of_their_own_by_their_content() -> None:
+    """A span that is everything is the blob itself; what ends beyond the blob is left out."""
+    namespace = Namespace.build(
+        [
+            ("whole", file("1")),
+            ("also", part("1", 0, 10)),
+            ("some", part("1", 1, 5)),
+            ("same", part("1", 1, 5)),
+            ("other", part("1", 1, 6)),
+            ("beyond", part("1", 1, 11)),
+            ("text", Inline(b"text")),
+            ("twin", Inline(b"text")),
+        ]
+    )
+    nodes = {name: namespace.lookup(ROOT, name) for name in ("whole", "also", "some", "same", "other")}
+    assert nodes["whole"] is nodes["also"]
+    assert nodes["some"] is nodes["same"]
+    assert nodes["some"] != nodes["other"]
+    assert isinstance(nodes["whole"], FileNode)
+    some, text = nodes["some"], namespace.lookup(ROOT, "text")
+    assert isinstance(some, SliceNode)
+    assert (some.size, some.links) == (4, 2)
+    assert isinstance(text, InlineNode)
+    assert (text.size, text.links) == (4, 2)
+    assert namespace.lookup(ROOT, "twin") is text
+    assert namespace.lookup(ROOT, "beyond") is None
+    assert len(namespace.conflicts) == 1
+    assert namespace.node(some.ino + 1) is namespace.node(text.ino + 1) is None
 
 
 def test_a_tree_with_all_there_is() -> None:
@@ -106,7 +168,13 @@ def crowded(key: bytes, attempt: int) -> int:
 entries = st.lists(
     st.tuples(
         st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map("/".join),
-        st.one_of(st.sampled_from("123456").map(file), st.just(Dir()), st.sampled_from("xy").map(Link)),
+        st.one_of(
+            st.sampled_from("123456").map(file),
+            st.tuples(st.sampled_from("12"), st.integers(0, 3), st.integers(3, 5)).map(lambda s: part(*s)),
+            st.just(Dir()),
+            st.sampled_from("xy").map(Link),
+            st.binary(max_size=1).map(Inline),
+        ),
     ),
     max_size=20,
 )
@@ -119,13 +187,12 @@ def test_whatever_the_layouts_say_there_is_a_tree_and_every_blob_is_in_it(
     number = crowded if collide else number_of
     namespace = Namespace.build(wanted, number=number)
     found = tree(namespace)
-    assert {str(e.blob.id) for _, e in wanted if isinstance(e, File)} == {
-        v for v in found.values() if len(v) == 32
-    }
+    files = {said(entry) for _, entry in wanted if isinstance(entry, File)}
+    assert files == {what for what in found.values() if len(what) >= 32}
     for path, entry in wanted:
         if isinstance(entry, Dir):
             assert found[path] == "dir"
-        elif found[path] != (str(entry.blob.id) if isinstance(entry, File) else f"-> {entry.target}"):
+        elif found[path] != said(entry):
             assert any(repr(path) in conflict for conflict in namespace.conflicts)
 
 

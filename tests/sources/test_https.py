@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import ipaddress
 import random
-import shutil
-import socket
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,14 +26,13 @@ from weightfs.errors import (
     WeightfsError,
 )
 from weightfs.sources._client import HttpClient
-from weightfs.sources._stream import Address, BulkBackend, Resolver
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.sources.https import HttpsSource, described_by, repr_digest
 from weightfs.sources.minisign import sign
 from weightfs.sources.publish import describe
 from weightfs.testing.nginx import Nginx
 from weightfs.testing.origin import Fault, FaultKind, OriginFile, open_origin
-from weightfs.testing.sources import SourceTests
+from weightfs.testing.sources import Elsewhere, SourceTests
 from weightfs.testing.tls import make_tls
 
 K = FaultKind
@@ -134,21 +129,6 @@ async def test_list_beside_the_file_on_loopback_is_trusted() -> None:
         assert blob.chunk_list is not None
         assert blob.chunk_list.digest_of(1) == hashlib.sha256(DATA[1 << 20 : 2 << 20]).digest()
         assert blob.sha256 == SHA
-
-
-class PublicResolver(Resolver):
-    async def look_up(self, host: str) -> tuple[Address, ...]:
-        return (ipaddress.ip_address("93.184.215.14"),)
-
-
-class Elsewhere(BulkBackend):
-    """Every name is public, and every connection is to this machine."""
-
-    def __init__(self) -> None:
-        super().__init__(PublicResolver())
-
-    async def connect_address(self, address: Address, port: int) -> socket.socket:
-        return await super().connect_address(ipaddress.ip_address("127.0.0.1"), port)
 
 
 @pytest.mark.parametrize(
@@ -289,20 +269,6 @@ async def test_retries_are_bounded_and_end_at_the_first_good_answer(autojump_clo
         with pytest.raises(SourceError) as caught:
             await blob_of(origin.url(PATH))
         assert (caught.value.kind, len(origin.requests(PATH)) - seen) == (FailureKind.NOT_FOUND, 1)
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """Name → (public line, secret file text), by Debian's minisign."""
-    if shutil.which("minisign") is None:
-        pytest.skip("minisign is not installed")
-    made = {}
-    for name in ("publisher", "stranger"):
-        home = tmp_path_factory.mktemp(name)
-        command = ["minisign", "-G", "-W", "-p", str(home / "k.pub"), "-s", str(home / "k.key")]
-        subprocess.run(command, check=True, capture_output=True)
-        made[name] = ((home / "k.pub").read_text().splitlines()[1], (home / "k.key").read_text())
-    return made
 
 
 async def test_signatures(keys: dict[str, tuple[str, str]]) -> None:

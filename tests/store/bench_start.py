@@ -1,6 +1,7 @@
 """How long a start takes with a million chunk records: `python tests/store/bench_start.py [BLOBS]`.
 
-31 blobs of 32,768 chunks each; the data files are sparse and empty, for a start never reads them. Prints JSON lines.
+31 blobs of 32,768 chunks each; the data files are sparse and empty, for a start never reads them. Each ref has its
+origin's manifest of 16 KiB. Prints JSON lines.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def fill(cache: Cache, number: int) -> BlobId:
     sha256 = number.to_bytes(2, "big") * 16
     shape = BlobShape(MAX_CHUNKS * MIB, MIB)
     blob = Blob(BlobId.of_digest(sha256), shape, sha256, (Mirror(f"https://host/{number}.gguf"),))
-    cache.put_ref(
-        Manifest(f"https://host/{number}.gguf", "r1", "https/host", (Entry("m.gguf", blob),)), now=1
-    )
+    entries = (Entry("m.gguf", blob),)
+    ref = f"https://host/{number}.gguf"
+    cache.put_ref(Manifest(ref, "r1", "https/host", entries, raw=bytes(16 * 1024)), now=1)
     cache.prepare(blob.id)
     record = ChunkRecord(ChunkState.LANDED, 0, cache.epoch, MIB, sha256, 1)
 

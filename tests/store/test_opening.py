@@ -145,7 +145,7 @@ def test_a_failed_open_gives_the_lock_back(root: Path) -> None:
     for _ in range(2):
         with pytest.raises(CacheFormatError):
             Cache.open(root, now=1)
-    edit(root, "meta", b"format", b"1")
+    edit(root, "meta", b"format", b"2")
     Cache.open(root, now=1).close()
 
 
@@ -154,10 +154,10 @@ def test_a_failed_open_gives_the_lock_back(root: Path) -> None:
 
 def test_a_newer_format_is_refused_and_left_alone(root: Path) -> None:
     filled(root)
-    edit(root, "meta", b"format", b"2")
-    with pytest.raises(CacheFormatError, match=r"format 2.*upgrade weightfs"):
+    edit(root, "meta", b"format", b"3")
+    with pytest.raises(CacheFormatError, match=r"format 3.*upgrade weightfs"):
         Cache.open(root, now=1)
-    edit(root, "meta", b"format", b"1")
+    edit(root, "meta", b"format", b"2")
     cache = Cache.open(root, now=1)
     assert cache.was_clean  # the refusal wrote nothing
     cache.close()
@@ -167,14 +167,14 @@ def test_an_older_format_is_migrated_in_the_opening_transaction(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = filled(root)
-    monkeypatch.setattr(opening, "FORMAT", 2)
-    monkeypatch.setattr(opening, "MIGRATIONS", {1: lambda txn: txn.put("meta", b"from", b"1")})
+    monkeypatch.setattr(opening, "FORMAT", 3)
+    monkeypatch.setattr(opening, "MIGRATIONS", {2: lambda txn: txn.put("meta", b"from", b"1")})
     cache = Cache.open(root, now=1)
     assert len(cache.progress(sample.id).present) == 4
     cache.close()
     index = Index.open(root / "index")
     with index.read() as txn:
-        assert (txn.get("meta", b"format"), txn.get("meta", b"from")) == (b"2", b"1")
+        assert (txn.get("meta", b"format"), txn.get("meta", b"from")) == (b"3", b"1")
     index.close()
 
 
@@ -186,8 +186,8 @@ def test_a_migration_that_fails_leaves_the_old_format(root: Path, monkeypatch: p
         raise CacheError("half-way")
 
     with monkeypatch.context() as patch:
-        patch.setattr(opening, "FORMAT", 2)
-        patch.setattr(opening, "MIGRATIONS", {1: failing})
+        patch.setattr(opening, "FORMAT", 3)
+        patch.setattr(opening, "MIGRATIONS", {2: failing})
         with pytest.raises(CacheError, match="half-way"):
             Cache.open(root, now=1)
         patch.setattr(opening, "MIGRATIONS", {})

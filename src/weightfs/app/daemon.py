@@ -24,12 +24,15 @@ from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
 from weightfs.app.memory import give_back_buffers
 from weightfs.control.operations import ProcessInfo
+from weightfs.core.names import identity
 from weightfs.core.ref import Ref
 from weightfs.core.retry import delay, is_permanent
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings
 from weightfs.errors import MountError, SourceError, WeightfsError
+from weightfs.layouts.huggingface import HuggingFaceLayout
 from weightfs.layouts.models import ModelsLayout
+from weightfs.layouts.ollama import OllamaLayout
 from weightfs.logs import redact
 from weightfs.mount import mounttable
 from weightfs.mount.serve import Mounted, serve
@@ -40,6 +43,7 @@ FIRST_ANSWERS: Final = 30.0  # seconds
 RESOLVE_AT_ONCE: Final = 4
 RETRY_BASE: Final = 1.0
 RETRY_CAP: Final = 60.0
+LAYOUTS: Final = (ModelsLayout(), OllamaLayout(), HuggingFaceLayout())
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +108,7 @@ async def _mount(
     task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve, and end everything when somebody unmounts from outside."""
-    await serve(order.mountpoint, engine, [ModelsLayout()], order.mount, task_status=task_status)
+    await serve(order.mountpoint, engine, LAYOUTS, order.mount, task_status=task_status)
     log.info("%s was unmounted", order.mountpoint)
     scope.cancel()
 
@@ -123,8 +127,8 @@ async def _greet(
         nursery.start_soon(standing.keep_alive, mounted, engine, interval)
     if notify.has_manager():
         nursery.start_soon(standing.tell_status, engine)
-    known = {stored.manifest.ref for stored in engine.refs()}
-    new = [ref for ref in order.refs if str(ref) not in known]
+    known = {identity(stored.manifest.ref) for stored in engine.refs()}
+    new = [ref for ref in order.refs if identity(str(ref)) not in known]
     answers = _FirstAnswers(engine, nursery)
     with trio.move_on_after(FIRST_ANSWERS):
         await answers.ask(new)

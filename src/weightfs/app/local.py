@@ -49,8 +49,7 @@ async def open_local(
 ) -> AsyncIterator[tuple[Engine, EngineOperations]]:
     """An engine on the cache, and the operations on it; with `serve_control`, other commands can ask them too."""
     async with open_cache(info.cache, create=create) as cache:
-        stored = await trio.to_thread.run_sync(cache.refs)
-        settings = with_header_origins(settings, [one.manifest.ref for one in stored])
+        settings = with_header_origins(settings, await trio.to_thread.run_sync(cache.ref_names))
         async with _open_operations(info, settings, cache, serve_control=serve_control) as pair:
             yield pair
 

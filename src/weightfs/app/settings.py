@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
+from weightfs.app.credentials import hub_endpoint, hub_token, registry_auth_file
 from weightfs.config import Config
 from weightfs.core.mirror_rules import PrefixRule
 from weightfs.core.plan import Limits
+from weightfs.core.ref import parse_ref
 from weightfs.engine.settings import EngineSettings, FillMode, default_workers
-from weightfs.errors import UsageError
+from weightfs.errors import RefError, UsageError
+from weightfs.sources import home_of
 from weightfs.sources.base import FetchSettings
 
 # Of a command that somebody watches: it gives up where a mount goes on trying for as long as a reader waits.
@@ -21,7 +24,7 @@ DEFAULT_RETRY: Final = 5
 def fetch_settings(
     config: Config, *, chunks: str | None, env: Mapping[str, str] | None = None
 ) -> FetchSettings:
-    """How to reach origins. ConfigError if a header's secret cannot be had."""
+    """How to reach origins. ConfigError if a secret that was named cannot be had."""
     env = os.environ if env is None else env
     headers = tuple(rule.resolve(env) for rule in config.header)
     if chunks is not None and "://" not in chunks:
@@ -39,6 +42,10 @@ def fetch_settings(
         trusted_keys=config.trusted_keys,
         chunks=chunks,
         policy=config.policy,
+        hf_endpoint=hub_endpoint(config, env),
+        hf_token=hub_token(config, env),
+        endpoints=tuple((rule.host, rule.url) for rule in config.endpoint),
+        docker_config=registry_auth_file(config, env),
     )
 
 
@@ -47,11 +54,18 @@ def with_header_origins(settings: EngineSettings, refs: Iterable[str]) -> Engine
 
     A fetch worker never resolves a ref, so it has to be told whose own hosts these are.
     """
-    urls = {ref.partition("#")[0] for ref in refs if ref.startswith(("http://", "https://"))}
-    if not settings.fetch.headers or not urls:
+    if not settings.fetch.headers:
         return settings
-    origins = tuple(sorted({*settings.fetch.header_origins, *urls}))
+    homes = {home for ref in refs if (home := _home_of(ref, settings.fetch))}
+    origins = tuple(sorted({*settings.fetch.header_origins, *homes}))
     return replace(settings, fetch=replace(settings.fetch, header_origins=origins))
+
+
+def _home_of(ref: str, fetch: FetchSettings) -> str | None:
+    try:
+        return home_of(parse_ref(ref), fetch)
+    except RefError:  # of a source that is not our own
+        return None
 
 
 def engine_settings(
@@ -80,6 +94,7 @@ def engine_settings(
         mirrors=tuple(PrefixRule(rule.prefix, rule.url, rule.priority) for rule in config.mirror),
         workers=default_workers() if config.workers is None else config.workers,
         fill=FillMode(config.fill) if fill is None else fill,
+        keep_pinned=mounted,
         policy=config.policy,
         read_timeout=config.read_timeout,
         readahead_bytes=config.readahead,

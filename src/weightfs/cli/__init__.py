@@ -7,15 +7,19 @@ import sys
 import click
 
 import weightfs
+from weightfs.cli.adding import add, pin, unpin, update
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
 from weightfs.cli.keeping import rm, verify
+from weightfs.cli.linking import env, link
 from weightfs.cli.looking import ls, status
+from weightfs.cli.mapping import map_
 from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
 from weightfs.cli.pulling import pull
 
 EPILOG = """\b
 Examples:
+  weightfs mount ~/models ollama://aya:8b hf://Qwen/Qwen3-8B-GGUF
   weightfs mount ~/models https://models.example.com/tiny.gguf
   llama-cli -m ~/models/models/https/models.example.com/tiny.gguf
   weightfs pull https://models.example.com/tiny.gguf
@@ -44,12 +48,16 @@ Settings come from options, WEIGHTFS_… variables and a TOML file with the same
 def cli() -> None:
     """Model weights, without the wait: a lazy, verifying filesystem for model files.
 
-    A REF names a model file: https://host/path/model.gguf, with #sha256=<hex> where its digest is known, or
-    file:///path/model.gguf.
+    A REF names a model: ollama://[host/][namespace/]model[:tag], hf://[datasets/|spaces/]org/name[@revision][/path or
+    glob], oci://host/name[:tag|@digest], https://host/path/model.gguf, with #sha256=<hex> where its digest is known,
+    or file:///path/model.gguf.
     """
 
 
-for command in (mount, umount, pull, status, ls, verify, rm, publish):
+for command in (
+    *(mount, umount, add, pull, update, pin, unpin),
+    *(status, ls, map_, verify, rm, link, env, publish),
+):
     cli.add_command(command)
 
 

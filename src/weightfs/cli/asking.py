@@ -23,6 +23,8 @@ def ask(
     work: Callable[[Operations, bool], Awaitable[T]],
     *,
     fetches: bool = False,
+    answers: bool = False,
+    creates: bool = False,
     stopped: str = "stopped",
 ) -> T:
     """The result of `work(operations, is_daemon)`.
@@ -33,6 +35,8 @@ def ask(
         role: What a second command is told is going on.
         work: Called once.
         fetches: Whether worker processes and the control socket are worth their start.
+        answers: Whether the control socket is: the work may take a while, and others want to know.
+        creates: Whether a cache is made where there is none.
         stopped: What to say when a signal ends it.
     """
     import trio
@@ -49,10 +53,9 @@ def ask(
     results: list[T] = []
 
     async def run() -> None:
-        async with find_operations(config.cache, role, settings, serve_control=fetches) as (
-            operations,
-            is_daemon,
-        ):
+        async with find_operations(
+            config.cache, role, settings, create=creates, serve_control=fetches or answers
+        ) as (operations, is_daemon):
             results.append(await work(operations, is_daemon))
 
     signum = trio.run(run_until_signal, run)

@@ -121,7 +121,7 @@ def report_lines(report: Document) -> list[str]:
     if report["repaired"]:
         lines.append(f"    {report['repaired']} chunks were fetched again")
     lines += [
-        f"    {path}: quarantined, its SHA-256 is not the promised one" for path in report["quarantined"]
+        f"    {path}: quarantined, its digest is not the promised one" for path in report["quarantined"]
     ]
     return lines
 
@@ -130,6 +130,7 @@ def report_lines(report: Document) -> list[str]:
     short_help="Remove a model from the cache.",
     epilog=examples(
         "weightfs rm https://models.example.com/tiny.gguf",
+        "weightfs rm ollama://aya:8b",
     ),
 )
 @click.argument("refs", metavar="REF...", nargs=-1, required=True)
@@ -137,7 +138,7 @@ def report_lines(report: Document) -> list[str]:
 @cache_options
 @click.pass_context
 def rm(ctx: click.Context, /, refs: tuple[str, ...], as_json: bool, **_: object) -> int:
-    """Forget the REFs and delete what only they had. A running mount stops showing them at once."""
+    """Forget the REFs, pinned or not, and delete what only they had. A running mount stops showing them at once."""
     config = load_config(ctx)
     parsed = parse_refs(refs)
 

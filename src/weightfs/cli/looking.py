@@ -1,4 +1,7 @@
-"""`weightfs status` and `weightfs ls`: what is there and what is going on."""
+"""`weightfs status` and `weightfs ls`: what is there, what it is, and what is going on.
+
+Rule: what a file says of itself is never passed on to the terminal with control characters in it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ import click
 
 from weightfs.cli.asking import ask
 from weightfs.cli.group import examples
-from weightfs.cli.options import cache_options, json_option, load_config
+from weightfs.cli.options import cache_options, json_option, load_config, parse_refs
+from weightfs.errors import RefError, UsageError
 
 if TYPE_CHECKING:
+    from weightfs.config import Config
     from weightfs.control.ports import Document, Operations
 
 
@@ -47,34 +52,133 @@ def status(ctx: click.Context, /, as_json: bool, **_: object) -> int:
     epilog=examples(
         "weightfs ls",
         "weightfs ls -l",
+        "weightfs ls -l ollama://aya:8b",
         "weightfs ls --json | jq -r '.refs[].ref'",
     ),
 )
-@click.option("-l", "--long", "as_long", is_flag=True, help="With trust, size, what is present, and paths.")
+@click.argument("refs", metavar="[REF]...", nargs=-1)
+@click.option(
+    "-l",
+    "--long",
+    "as_long",
+    is_flag=True,
+    help="With trust, size, what is present, and paths; of a REF that is named, what its headers say.",
+)
+@click.option(
+    "--fetch", is_flag=True, help="With -l REF: fetch headers that are not cached yet; tensors never."
+)
 @json_option
 @cache_options
 @click.pass_context
-def ls(ctx: click.Context, /, as_long: bool, as_json: bool, **_: object) -> int:
-    """List the refs in the cache."""
+def ls(
+    ctx: click.Context, /, refs: tuple[str, ...], as_long: bool, fetch: bool, as_json: bool, **_: object
+) -> int:
+    """List the refs in the cache, or show what a REF is: architecture, quantisation, parameters, files."""
+    if fetch and not (as_long and refs):
+        raise UsageError("--fetch goes with -l and a REF, as in `weightfs ls -l --fetch REF`")
     config = load_config(ctx)
+    names = [str(ref) for ref in parse_refs(refs)]
+    if names and as_long:
+        return _ls_details(ctx, config, names, fetch=fetch, as_json=as_json)
 
     async def work(operations: Operations, _: bool) -> list[Document]:
-        return await operations.refs()
+        return chosen(await operations.refs(), names)
 
-    refs = ask(ctx, config, "ls", work)
+    documents = ask(ctx, config, "ls", work)
     if as_json:
-        click.echo(json.dumps({"refs": refs}, indent=2))
+        click.echo(json.dumps({"refs": documents}, indent=2))
         return 0
-    for line in long_lines(refs) if as_long else [str(ref["ref"]) for ref in refs]:
+    for line in long_lines(documents) if as_long else [str(ref["ref"]) for ref in documents]:
         click.echo(line)
     return 0
+
+
+def chosen(refs: Sequence[Document], names: Sequence[str]) -> list[Document]:
+    """The documents of the refs that were named, of all if none was. RefError."""
+    from weightfs.core.names import identity
+
+    if not names:
+        return list(refs)
+    known = {identity(ref["ref"]): ref for ref in refs}
+    for name in names:
+        if identity(name) not in known:
+            raise RefError(f"{name} is not in the cache; `weightfs ls` lists what is")
+    return [known[identity(name)] for name in names]
+
+
+def _ls_details(
+    ctx: click.Context, config: Config, names: Sequence[str], *, fetch: bool, as_json: bool
+) -> int:
+    async def work(operations: Operations, _: bool) -> list[Document]:
+        return [await operations.details(name, fetch=fetch) for name in names]
+
+    documents = ask(ctx, config, "ls", work, fetches=fetch)
+    if as_json:
+        click.echo(json.dumps({"refs": documents}, indent=2))
+        return 0
+    for document in documents:
+        for line in details_lines(document):
+            click.echo(line)
+    return 0
+
+
+def details_lines(document: Document) -> list[str]:
+    """A ref, what each of its models is, and its files."""
+    from weightfs.units import format_size
+
+    lines = [document["ref"]]
+    for model in document["models"]:
+        lines += [f"  {printable(model['name'])}", *(f"    {line}" for line in _model_lines(model))]
+    rows = [
+        (
+            format_size(file["size_bytes"]),
+            format_size(file["cached_bytes"]),
+            file["trust"],
+            printable(file["path"]),
+        )
+        for file in document["files"]
+    ]
+    lines += [f"  {line}" for line in aligned([("SIZE", "CACHED", "TRUST", "FILE"), *rows], right=(0, 1))]
+    if not document["models"]:
+        lines.append("  no GGUF or safetensors file: nothing is known of a model")
+    for file in document["files"]:
+        if file["problem"]:
+            lines.append(f"  {printable(file['path'])}: {printable(file['problem'])}")
+    if any(file["header"] == "missing" for file in document["files"]):
+        lines.append(f"  `weightfs ls -l --fetch {document['ref']}` fetches headers that are missing")
+    return lines
+
+
+def _model_lines(model: Document) -> list[str]:
+    from weightfs.units import format_count, format_size
+
+    unread = model["unread"]
+    if unread == len(model["files"]):
+        return []
+    context = model["context_length"]
+    facts = [
+        ("format", model["format"]),
+        ("architecture", model["architecture"] or "not said"),
+        ("quantisation", model["quantisation"] or "none"),
+        ("context", "not said" if context is None else f"{context} tokens"),
+        ("parameters", format_count(model["parameter_count"])),
+        ("tensors", f"{model['tensor_count']} ({format_size(model['tensor_bytes'])})"),
+    ]
+    if unread:
+        facts.append(("note", f"{unread} of {len(model['files'])} files are not counted: no header"))
+    return aligned([(name, printable(value)) for name, value in facts])
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may get it."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def long_lines(refs: Sequence[Document]) -> list[str]:
     """One line per ref: trust, size, share that is present, ref; below it, indented, its paths."""
     from weightfs.units import format_size
 
-    rows = [(ref["trust"], format_size(ref["size_bytes"]), _share(ref), ref["ref"]) for ref in refs]
+    rows = [(ref["trust"], format_size(ref["size_bytes"]), _share(ref), _name(ref)) for ref in refs]
     lines = aligned(rows, right=(1, 2))
     result = []
     for line, ref in zip(lines, refs, strict=True):
@@ -107,7 +211,7 @@ def status_lines(document: Document) -> list[str]:
         lines.append(f"trouble: {document['trouble']}")
     lines.append("")
     rows = [
-        (ref["trust"], format_size(ref["size_bytes"]), _share(ref), ref["ref"]) for ref in document["refs"]
+        (ref["trust"], format_size(ref["size_bytes"]), _share(ref), _name(ref)) for ref in document["refs"]
     ]
     lines += aligned([("TRUST", "SIZE", "HERE", "REF"), *rows], right=(1, 2)) if rows else ["no refs"]
     for ref in document["refs"]:
@@ -136,6 +240,10 @@ def _file_lines(file: Document) -> list[str]:
                 f"{mirror['url']}: {mirror['faults']} faults, {mirror['mismatches']} wrong chunks{rate}"
             )
     return lines
+
+
+def _name(ref: Document) -> str:
+    return f"{ref['ref']} (pinned)" if ref.get("pinned") else str(ref["ref"])
 
 
 def _share(ref: Document) -> str:

@@ -54,6 +54,11 @@ DAEMON_END: Final = 20.0  # seconds
     default=None,
     help="Let the kernel read complete files from the cache itself, where it can.  [default: passthrough]",
 )
+@click.option(
+    "--browse/--no-browse",
+    default=None,
+    help="Let the path of a model be enough to ask for it.  [default: no-browse]",
+)
 @click.option("-d", "--detach", is_flag=True, help="Run in the background; return when the mount serves.")
 @fetch_options
 @cache_options
@@ -97,7 +102,13 @@ def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str,
         cache=config.cache,
         refs=tuple(parsed),
         engine=with_header_origins(engine_settings(config, fetch, mounted=True), map(str, parsed)),
-        mount=MountOptions(allow_other=config.allow_other, passthrough=config.passthrough),
+        mount=MountOptions(
+            allow_other=config.allow_other,
+            passthrough=config.passthrough,
+            browse=config.browse,
+            browse_ttl=config.browse_ttl,
+            browse_timeout=config.browse_timeout,
+        ),
     )
 
 

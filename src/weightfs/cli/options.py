@@ -27,7 +27,8 @@ _KEYS: Final = {"trusted_key": "trusted-keys", "private_host": "private-hosts"}
 # Settings that decide how origins are asked: a daemon has its own.
 FETCH_KEYS: Final = (
     "retry", "retry-delay", "timeout", "connect-timeout", "stall-timeout", "proxy", "header", "ca-file",
-    "private-hosts", "trusted-keys", "policy", "workers", "max-jobs",
+    "private-hosts", "trusted-keys", "policy", "workers", "max-jobs", "hf-endpoint", "hf-token-file",
+    "registry-auth-file",
 )  # fmt: skip
 
 
@@ -84,6 +85,13 @@ fetch_options = _stack(
     click.option("--chunks", metavar="FILE|URL", help="Where the .meta4 is, if not beside the file."),
     click.option(
         "--trusted-key", metavar="KEY|FILE", multiple=True, help="Minisign key that signs chunk lists."
+    ),
+    click.option(
+        "--hf-endpoint", metavar="URL", help="Where the Hub's API is.  [default: https://huggingface.co]"
+    ),
+    click.option("--hf-token-file", metavar="FILE", help="File with the token for the Hub."),
+    click.option(
+        "--registry-auth-file", metavar="FILE", help="Credentials for registries, as docker's config.json."
     ),
     click.option("--policy", metavar="POLICY", help="strict, provisional or hold.  [default: provisional]"),
     click.option(
@@ -143,6 +151,7 @@ def set_up_logging(config: Config, file: Path | None = None) -> None:
 
 def parse_refs(texts: tuple[str, ...]) -> list[Ref]:
     """The refs that were typed, each once. RefError; of a relative path of a file it says how to write it."""
+    from weightfs.core.names import identity
     from weightfs.core.ref import parse_ref
 
     refs: dict[str, Ref] = {}
@@ -154,7 +163,7 @@ def parse_refs(texts: tuple[str, ...]) -> list[Ref]:
             if "://" not in text and path.is_file():
                 raise RefError(f"{text} is a relative path; write file://{path.absolute()}") from None
             raise
-        refs[str(ref)] = ref
+        refs[identity(str(ref))] = ref
     return list(refs.values())
 
 

@@ -33,6 +33,7 @@ OWNERS: Final = 5
     short_help="Fetch and verify whole models.",
     epilog=examples(
         "weightfs pull https://models.example.com/tiny.gguf",
+        "weightfs pull hf://Qwen/Qwen3-8B-GGUF/*Q4_K_M*",
         "weightfs pull --retry 20 --timeout 10s https://models.example.com/tiny.gguf#sha256=<64 hex digits>",
         "weightfs pull --json https://a.example.com/one.gguf https://b.example.com/two.gguf",
     ),

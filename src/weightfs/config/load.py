@@ -22,13 +22,14 @@ COMMAND_LINE: Final = "command line"
 ENVIRONMENT: Final = "environment"
 # Settings that take several values; a variable holds one per line.
 _LISTS: Final = ("refs", "trusted-keys", "private-hosts")
+_FILE_ONLY: Final = ("mirror", "endpoint")
 
 
 def default_cache(env: Mapping[str, str]) -> Path:
     """CACHE_DIRECTORY as set by systemd, else `$XDG_CACHE_HOME/weightfs`, else `~/.cache/weightfs`."""
     if env.get("CACHE_DIRECTORY"):
         return Path(env["CACHE_DIRECTORY"].partition(":")[0])
-    return _base(env, "XDG_CACHE_HOME", ".cache") / "weightfs"
+    return user_directory(env, "XDG_CACHE_HOME", ".cache") / "weightfs"
 
 
 def find_file(explicit: Path | None, env: Mapping[str, str], *, system: Path = SYSTEM_FILE) -> Path | None:
@@ -37,11 +38,12 @@ def find_file(explicit: Path | None, env: Mapping[str, str], *, system: Path = S
         return explicit
     if env.get("WEIGHTFS_CONFIG"):
         return Path(env["WEIGHTFS_CONFIG"])
-    user = _base(env, "XDG_CONFIG_HOME", ".config") / "weightfs" / "config.toml"
+    user = user_directory(env, "XDG_CONFIG_HOME", ".config") / "weightfs" / "config.toml"
     return next((path for path in (user, system) if path.is_file()), None)
 
 
-def _base(env: Mapping[str, str], variable: str, fallback: str) -> Path:
+def user_directory(env: Mapping[str, str], variable: str, fallback: str) -> Path:
+    """`$variable`, else `fallback` in the home directory."""
     # XDG Base Directory Specification: a relative path is invalid and is ignored
     given = env.get(variable, "")
     if given.startswith("/"):
@@ -106,7 +108,7 @@ def read_env(env: Mapping[str, str]) -> dict[str, Any]:
     for key in keys_of(Config):
         text = env.get(variable_of(key), "")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines or key == "mirror":
+        if not lines or key in _FILE_ONLY:
             continue
         if key == "header":
             values[key] = parse_headers(lines, variable_of(key))

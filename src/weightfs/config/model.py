@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from weightfs.config.values import (
+    BaseUrl,
     HeaderName,
     HeaderValue,
     Host,
     HostPath,
     HttpUrl,
     ProxyUrl,
+    RegistryHost,
     TrustedKey,
     check_header_value,
     count,
@@ -47,7 +49,7 @@ class HeaderRule(Section):
     """`[[header]]`: one HTTP header, its value in place, from a variable or from a file."""
 
     name: HeaderName
-    value: HeaderValue | None = None
+    value: HeaderValue | None = Field(default=None, repr=False)
     value_env: str | None = None
     value_file: HostPath | None = None
     prefix: str = ""
@@ -84,6 +86,13 @@ class MirrorRule(Section):
     priority: Annotated[int, count(1, 999_999)] = 1  # RFC 5854 section 4.2.16.1
 
 
+class EndpointRule(Section):
+    """`[[endpoint]]`: the API of the registry that refs call `host` is reached at `url`."""
+
+    host: RegistryHost
+    url: BaseUrl
+
+
 class Config(Section):
     """Every setting. Times in seconds, sizes in bytes."""
 
@@ -93,6 +102,9 @@ class Config(Section):
     fill: Literal["never", "opened", "all"] = "opened"
     allow_other: bool = False
     passthrough: bool = True
+    browse: bool = False
+    browse_ttl: Annotated[float, seconds(1, 86_400)] = 60.0
+    browse_timeout: Annotated[float, seconds(0.1, 600)] = 10.0
     read_timeout: Annotated[float, seconds(1, 30 * 86_400, zero=True)] = 600.0
     policy: Policy = Policy.PROVISIONAL
     trusted_keys: tuple[TrustedKey, ...] = Field(default=(), max_length=64)
@@ -108,18 +120,30 @@ class Config(Section):
     timeout: Timeout = 30.0
     connect_timeout: Annotated[float, seconds(0.1, 600)] = 10.0
     stall_timeout: Timeout = 30.0
-    proxy: ProxyUrl | None = None
+    proxy: ProxyUrl | None = Field(default=None, repr=False)  # may hold a password
     ca_file: HostPath | None = None
     private_hosts: tuple[Host, ...] = Field(default=(), max_length=1000)
     header: tuple[HeaderRule, ...] = Field(default=(), max_length=64)
     mirror: tuple[MirrorRule, ...] = Field(default=(), max_length=64)
+    hf_endpoint: BaseUrl | None = None
+    hf_token_file: HostPath | None = None
+    registry_auth_file: HostPath | None = None
+    endpoint: tuple[EndpointRule, ...] = Field(default=(), max_length=64)
     # logging
     log_level: LogLevel | None = None  # a mount says more than a command
     log_json: bool = False
     log_file: HostPath | None = None
 
+    @field_validator("endpoint")
+    @classmethod
+    def _each_host_once(cls, rules: tuple[EndpointRule, ...]) -> tuple[EndpointRule, ...]:
+        hosts = [rule.host for rule in rules]
+        if twice := next((host for host in hosts if hosts.count(host) > 1), None):
+            raise ValueError(f"the host {twice} has two endpoints; keep one of them")
+        return rules
 
-SECTIONS: dict[str, type[Section]] = {"header": HeaderRule, "mirror": MirrorRule}
+
+SECTIONS: dict[str, type[Section]] = {"header": HeaderRule, "mirror": MirrorRule, "endpoint": EndpointRule}
 
 
 def keys_of(section: type[Section]) -> list[str]:

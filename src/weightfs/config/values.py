@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from pathlib import Path
 from typing import Annotated, Final
 
 from pydantic import AfterValidator, BeforeValidator
 
 from weightfs.core.geometry import KIB
+from weightfs.core.oci import DOCKER_HUB, DOCKER_HUB_ALIASES
+from weightfs.core.ref import canonical_url, without_secrets
+from weightfs.errors import RefError
 from weightfs.units import format_duration, format_size, parse_duration, parse_size
 
 MAX_SECRET_BYTES: Final = 64 * KIB
 # RFC 9110 section 5.6.2: token, beside letters and digits
 _TOKEN_SIGNS: Final = frozenset("!#$%&'*+-.^_`|~")
+# As the refs' own rules have it: core.ollama, core.oci.
+_REGISTRY_HOST: Final = re.compile(r"(?:[a-z0-9_][a-z0-9_.-]{0,252}|\[[0-9a-f:]{2,45}\])(?::[0-9]{1,5})?")
 _OWN_HEADERS: Final = frozenset(
     ("host", "range", "if-range", "accept-encoding", "content-length", "connection", "transfer-encoding")
 )
@@ -130,6 +136,25 @@ def _url(value: str) -> str:
     return value
 
 
+def base_url(value: str) -> str:
+    """An http(s) URL below which an API is, canonical, without a slash at the end. ValueError."""
+    try:
+        if "?" in value or "#" in value:
+            raise RefError("it has a query")
+        return canonical_url(value).rstrip("/")
+    except RefError:
+        raise ValueError(
+            f"{without_secrets(value)!r} is not the URL of an API, such as https://hub.lan or http://127.0.0.1:5000"
+        ) from None
+
+
+def _registry_host(value: str) -> str:
+    host = value.lower()
+    if not _REGISTRY_HOST.fullmatch(host):
+        raise ValueError(f"{value!r} is not a registry's host as refs name it, such as registry.lan:5000")
+    return DOCKER_HUB if host in DOCKER_HUB_ALIASES else host
+
+
 def _proxy(value: str) -> str:
     scheme, separator, rest = value.partition("://")
     if (
@@ -178,6 +203,8 @@ HeaderName = Annotated[str, AfterValidator(_header_name)]
 HeaderValue = Annotated[str, AfterValidator(check_header_value)]
 TrustedKey = Annotated[str, AfterValidator(_trusted_key)]
 HttpUrl = Annotated[str, AfterValidator(_url)]
+BaseUrl = Annotated[str, AfterValidator(base_url)]
+RegistryHost = Annotated[str, AfterValidator(_registry_host)]
 ProxyUrl = Annotated[str, AfterValidator(_proxy)]
 Host = Annotated[str, AfterValidator(_host)]
 HostPath = Annotated[Path, BeforeValidator(_path)]

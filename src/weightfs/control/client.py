@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -23,7 +23,11 @@ CONNECT_TIMEOUT: Final = 2.0
 ANSWER_TIMEOUT: Final = 15.0  # for what a daemon answers from memory
 ADD_TIMEOUT: Final = 310.0  # the daemon's own bound on resolving a ref, and some
 REMOVE_TIMEOUT: Final = 120.0  # removing large sparse files takes the disk a while
+HEADERS_TIMEOUT: Final = 310.0  # the daemon's own bound on fetching headers, and some
+LOCAL_HEADERS_TIMEOUT: Final = 60.0  # two hundred headers are read from the disk and parsed
 MAX_ANSWER: Final = 64 * 1024 * 1024
+
+_FLAGS: Final = {True: "true", False: "false"}
 
 
 class ControlClient:
@@ -53,6 +57,14 @@ class ControlClient:
         body = {"ref": ref, "refresh": refresh}
         return await _ask(self._http, self._cache, "POST", "/v1/refs", body, timeout=ADD_TIMEOUT)
 
+    async def update(self, ref: str) -> Document:
+        """Follow a tag."""
+        return await _ask(self._http, self._cache, "POST", "/v1/update", {"ref": ref}, timeout=ADD_TIMEOUT)
+
+    async def pin(self, ref: str, *, pinned: bool) -> Document:
+        """Keep whole, or no longer."""
+        return await _ask(self._http, self._cache, "POST", "/v1/pin", {"ref": ref, "pinned": pinned})
+
     async def remove(self, ref: str) -> Document:
         """Forget."""
         return await _ask(self._http, self._cache, "DELETE", "/v1/refs", {"ref": ref}, timeout=REMOVE_TIMEOUT)
@@ -66,6 +78,18 @@ class ControlClient:
         return await _ask(
             self._http, self._cache, "POST", "/v1/verify", {"refs": list(refs), "repair": repair}
         )
+
+    async def details(self, ref: str, *, fetch: bool = False) -> Document:
+        """Look into headers."""
+        query = urlencode({"ref": ref, "fetch": _FLAGS[fetch]})
+        limit = HEADERS_TIMEOUT if fetch else LOCAL_HEADERS_TIMEOUT
+        return await _ask(self._http, self._cache, "GET", f"/v1/details?{query}", timeout=limit)
+
+    async def tensor_map(self, ref: str, *, layers: bool = False, fetch: bool = False) -> Document:
+        """Look into headers and chunk sets."""
+        query = urlencode({"ref": ref, "by": "layer" if layers else "tensor", "fetch": _FLAGS[fetch]})
+        limit = HEADERS_TIMEOUT if fetch else LOCAL_HEADERS_TIMEOUT
+        return await _ask(self._http, self._cache, "GET", f"/v1/map?{query}", timeout=limit)
 
     async def job(self, job_id: str, *, wait: float) -> Document:
         """Poll."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -15,11 +16,16 @@ from weightfs.control.documents import to_json
 from weightfs.control.jobs import Jobs
 from weightfs.control.ports import BlobStatusLike, Document, EngineLike, StoredRefLike
 from weightfs.core.manifest import Blob, BlobId, Trust
+from weightfs.core.names import identity
 from weightfs.core.ref import Ref, parse_ref
 from weightfs.errors import FailureKind, RefError, SourceError
 
+T = TypeVar("T")
+
 # Resolving retries by itself; this bounds the sum, so that no request to the daemon waits for ever.
 ADD_BOUND: Final = 300.0  # seconds
+# The same for headers that are fetched on request: each file has its own bound, and a ref has many files.
+HEADERS_BOUND: Final = 300.0
 
 # What `status` says of a ref as a whole, beside the engine's word on each of its files.
 _SUMS: Final = ("size_bytes", "present_bytes", "complete", "trust")
@@ -76,15 +82,32 @@ class EngineOperations:
     async def add(self, ref: str, *, refresh: bool = False) -> Document:
         """Resolve and pin."""
         parsed = parse_ref(ref)
-        try:
-            with trio.fail_after(ADD_BOUND):
-                manifest = await self._engine.add(parsed, refresh=refresh)
-        except trio.TooSlowError:
-            raise SourceError(
-                f"{parsed}: the origin did not say within {ADD_BOUND:.0f} s what this is; try again later",
-                kind=FailureKind.TIMEOUT,
-            ) from None
+        manifest = await _in_time(str(parsed), self._engine.add(parsed, refresh=refresh))
         return self._ref_document(self._stored(manifest.ref))
+
+    async def update(self, ref: str) -> Document:
+        """Follow a tag."""
+        name = self._stored(_canonical(ref)).manifest.ref
+        try:
+            found = await _in_time(name, self._engine.update(name))
+        except KeyError:
+            raise self._unknown(name) from None
+        return {
+            "ref": found.ref,
+            "old_revision": found.old_revision,
+            "new_revision": found.new_revision,
+            "outcome": str(found.outcome),
+            "rolled_back": found.outcome == "rolled back",
+        }
+
+    async def pin(self, ref: str, *, pinned: bool) -> Document:
+        """Keep whole, or no longer."""
+        name = self._stored(_canonical(ref)).manifest.ref
+        try:
+            await self._engine.pin(name, pinned=pinned)
+        except KeyError:
+            raise self._unknown(name) from None
+        return self._ref_document(self._stored(name))
 
     async def remove(self, ref: str) -> Document:
         """Forget a ref."""
@@ -119,6 +142,20 @@ class EngineOperations:
 
         return self._jobs.start("verify", names, work, lambda: dict(checked)).document()
 
+    async def details(self, ref: str, *, fetch: bool = False) -> Document:
+        """Look into headers."""
+        name = self._stored(_canonical(ref)).manifest.ref
+        with _headers_bound(name):
+            document: Document = to_json(await self._engine.details(name, fetch=fetch))
+        document["models"] = [{**model.pop("info"), **model} for model in document["models"]]
+        return document
+
+    async def tensor_map(self, ref: str, *, layers: bool = False, fetch: bool = False) -> Document:
+        """Look into headers and chunk sets."""
+        name = self._stored(_canonical(ref)).manifest.ref
+        with _headers_bound(name):
+            return await self._engine.tensor_map(name, layers=layers, fetch=fetch)
+
     async def job(self, job_id: str, *, wait: float) -> Document:
         """Poll."""
         return (await self._jobs.wait(job_id, wait)).document()
@@ -129,9 +166,12 @@ class EngineOperations:
 
     def _stored(self, name: str) -> StoredRefLike:
         for stored in self._engine.refs():
-            if stored.manifest.ref == name:
+            if identity(stored.manifest.ref) == identity(name):
                 return stored
-        raise RefError(f"{name} is not in the cache {self._info.cache}; `weightfs ls` lists what is")
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> RefError:
+        return RefError(f"{name} is not in the cache {self._info.cache}; `weightfs ls` lists what is")
 
     def _progress(self, names: Sequence[str]) -> Document:
         documents = [
@@ -156,6 +196,7 @@ class EngineOperations:
             "ref": manifest.ref,
             "revision": manifest.revision,
             "added_at": stored.added_at,
+            "pinned": stored.pinned,
             "previous": list(stored.previous),
             "size_bytes": sum(document["size_bytes"] for document in unique.values()),
             "present_bytes": sum(document["present_bytes"] for document in unique.values()),
@@ -163,6 +204,18 @@ class EngineOperations:
             "trust": next((str(trust) for trust in _WEAKEST_FIRST if trust in trusts), Trust.VERIFIED.value),
             "blobs": blobs,
         }
+
+
+async def _in_time(ref: str, answer: Awaitable[T]) -> T:
+    """The answer of a ref's origin. SourceError if it does not come."""
+    try:
+        with trio.fail_after(ADD_BOUND):
+            return await answer
+    except trio.TooSlowError:
+        raise SourceError(
+            f"{ref}: the origin did not say within {ADD_BOUND:.0f} s what this is; try again later",
+            kind=FailureKind.TIMEOUT,
+        ) from None
 
 
 def _blob_document(blob: Blob, status: BlobStatusLike) -> Document:
@@ -173,8 +226,24 @@ def _blob_document(blob: Blob, status: BlobStatusLike) -> Document:
         "complete": status.complete,
         "trust": str(status.trust),
         "sha256": status.sha256,
+        "digest": status.digest,
         "sources": to_json(list(status.sources)),
     }
+
+
+@contextlib.contextmanager
+def _headers_bound(ref: str) -> Iterator[None]:
+    """SourceError if reading headers takes too long; KeyError, where the ref was removed meanwhile, as RefError."""
+    try:
+        with trio.fail_after(HEADERS_BOUND):
+            yield
+    except trio.TooSlowError:
+        raise SourceError(
+            f"{ref}: its headers did not come within {HEADERS_BOUND:.0f} s; what came is kept, so try again",
+            kind=FailureKind.TIMEOUT,
+        ) from None
+    except KeyError:
+        raise RefError(f"{ref} was removed meanwhile; `weightfs ls` lists what is there") from None
 
 
 def _canonical(ref: str) -> str:

@@ -34,6 +34,11 @@ class StoredRefLike(Protocol):
         """Revisions that the ref had before, latest first."""
         ...
 
+    @property
+    def pinned(self) -> bool:
+        """It is to be kept whole."""
+        ...
+
 
 class BlobStatusLike(Protocol):
     """`engine.status.BlobStatus`."""
@@ -59,6 +64,11 @@ class BlobStatusLike(Protocol):
         ...
 
     @property
+    def digest(self) -> str:
+        """`core.manifest.Blob.digest`."""
+        ...
+
+    @property
     def sources(self) -> Sequence[str]:
         """URLs without secrets."""
         ...
@@ -73,11 +83,43 @@ class VerifyReportLike(Protocol):
         ...
 
 
+class RefUpdateLike(Protocol):
+    """`engine.status.RefUpdate`."""
+
+    @property
+    def ref(self) -> str:
+        """As it is known."""
+        ...
+
+    @property
+    def old_revision(self) -> str:
+        """What it was."""
+        ...
+
+    @property
+    def new_revision(self) -> str:
+        """What it is now."""
+        ...
+
+    @property
+    def outcome(self) -> str:
+        """`unchanged`, `updated` or `rolled back`."""
+        ...
+
+
 class EngineLike(Protocol):
     """The part of `engine.Engine` that control uses."""
 
     async def add(self, ref: Ref, /, *, refresh: bool = False) -> Manifest:
         """Resolve and pin."""
+        ...
+
+    async def update(self, ref_text: str, /) -> RefUpdateLike:
+        """Ask again, and follow. KeyError."""
+        ...
+
+    async def pin(self, ref_text: str, /, *, pinned: bool) -> None:
+        """Keep whole, or no longer. KeyError."""
         ...
 
     async def remove(self, ref_text: str, /) -> int:
@@ -106,6 +148,14 @@ class EngineLike(Protocol):
         """A tree of frozen dataclasses."""
         ...
 
+    async def details(self, ref_text: str, /, *, fetch: bool = False) -> object:
+        """`engine.details.RefDetails`. KeyError."""
+        ...
+
+    async def tensor_map(self, ref_text: str, /, *, layers: bool = False, fetch: bool = False) -> Document:
+        """Tensors, or layers, file by file, as plain values. KeyError."""
+        ...
+
 
 class Operations(Protocol):
     """What can be asked of a cache. Every method may raise any WeightfsError."""
@@ -126,6 +176,14 @@ class Operations(Protocol):
         """Pin what `ref` is; its document. The origin of a known one is asked again only with `refresh`."""
         ...
 
+    async def update(self, ref: str) -> Document:
+        """Ask what the known `ref` is now: `{ref, old_revision, new_revision, outcome, rolled_back}`."""
+        ...
+
+    async def pin(self, ref: str, *, pinned: bool) -> Document:
+        """Keep the known `ref` whole, or no longer; its document."""
+        ...
+
     async def remove(self, ref: str) -> Document:
         """Forget `ref`, and drop the blobs that no other ref names: `{ref, freed_bytes}`."""
         ...
@@ -136,6 +194,17 @@ class Operations(Protocol):
 
     async def start_verify(self, refs: Sequence[str], *, repair: bool) -> Document:
         """Begin to re-hash what is cached of `refs` (of all, if empty); the job's document."""
+        ...
+
+    async def details(self, ref: str, *, fetch: bool = False) -> Document:
+        """What the headers of `ref`'s files say, and how much of each is cached and verified.
+
+        Cached headers only; with `fetch` those that are missing are fetched first.
+        """
+        ...
+
+    async def tensor_map(self, ref: str, *, layers: bool = False, fetch: bool = False) -> Document:
+        """Where each tensor of `ref`, or with `layers` each layer, lies, and how much of it is cached and verified."""
         ...
 
     async def job(self, job_id: str, *, wait: float) -> Document:

@@ -92,8 +92,12 @@ def make_app(operations: Operations) -> Starlette:
             ("GET", "/v1/refs", _refs),
             ("POST", "/v1/refs", _add),
             ("DELETE", "/v1/refs", _remove),
+            ("POST", "/v1/update", _update),
+            ("POST", "/v1/pin", _pin),
             ("POST", "/v1/fill", _fill),
             ("POST", "/v1/verify", _verify),
+            ("GET", "/v1/details", _details),
+            ("GET", "/v1/map", _map),
             ("GET", "/v1/jobs/{job}", _job),
             ("DELETE", "/v1/jobs/{job}", _cancel),
         )
@@ -118,6 +122,17 @@ async def _add(operations: Operations, request: Request) -> Document:
     return await operations.add(_text(body, "ref"), refresh=_flag(body, "refresh"))
 
 
+async def _update(operations: Operations, request: Request) -> Document:
+    return await operations.update(_text(await _body(request), "ref"))
+
+
+async def _pin(operations: Operations, request: Request) -> Document:
+    body = await _body(request)
+    if "pinned" not in body:
+        raise UsageError("the request needs true or false in the field 'pinned'")
+    return await operations.pin(_text(body, "ref"), pinned=_flag(body, "pinned"))
+
+
 async def _remove(operations: Operations, request: Request) -> Document:
     return await operations.remove(_text(await _body(request), "ref"))
 
@@ -129,6 +144,22 @@ async def _fill(operations: Operations, request: Request) -> Document:
 async def _verify(operations: Operations, request: Request) -> Document:
     body = await _body(request)
     return await operations.start_verify(_texts(body, "refs"), repair=_flag(body, "repair"))
+
+
+async def _details(operations: Operations, request: Request) -> Document:
+    return await operations.details(_query(request, "ref"), fetch=_query_flag(request, "fetch"))
+
+
+async def _map(operations: Operations, request: Request) -> Response:
+    by = _query(request, "by", "tensor")
+    if by not in ("tensor", "layer"):
+        raise UsageError("the parameter 'by' must be tensor or layer")
+    document = await operations.tensor_map(
+        _query(request, "ref"), layers=by == "layer", fetch=_query_flag(request, "fetch")
+    )
+    # Up to some 50 MB: in a thread, and by the encoder in Python, since the one in C holds the interpreter's lock.
+    body = await trio.to_thread.run_sync(lambda: "".join(json.JSONEncoder().iterencode(document)).encode())
+    return Response(body, media_type="application/json")
 
 
 async def _job(operations: Operations, request: Request) -> Document:
@@ -144,7 +175,8 @@ def _endpoint(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
 
     async def respond(request: Request) -> Response:
         try:
-            return JSONResponse(await handler(request))
+            answer = await handler(request)
+            return answer if isinstance(answer, Response) else JSONResponse(answer)
         except WeightfsError as error:
             return JSONResponse(error_to_json(error), status_code=_status_of(error))
         except ClientDisconnect:
@@ -213,6 +245,20 @@ def _texts(body: dict[str, Any], key: str) -> list[str]:
     ):
         raise UsageError(f"the field {key!r} must be a list of at most {MAX_REFS_IN_BODY} texts")
     return value
+
+
+def _query(request: Request, key: str, default: str = "") -> str:
+    value = request.query_params.get(key, default)
+    if not value:
+        raise UsageError(f"the request needs the parameter {key!r}")
+    return value
+
+
+def _query_flag(request: Request, key: str) -> bool:
+    value = request.query_params.get(key, "false")
+    if value not in ("true", "false"):
+        raise UsageError(f"the parameter {key!r} must be true or false")
+    return value == "true"
 
 
 def _seconds(request: Request) -> float:

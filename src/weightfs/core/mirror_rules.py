@@ -25,7 +25,7 @@ def with_twins(blob: Blob, rules: Sequence[PrefixRule]) -> Blob:
 
     A blob without digests is returned as it is: nothing would tell a twin's other version from the right one.
     """
-    if not rules or (blob.sha256 is None and blob.chunk_list is None):
+    if not rules or (not blob.digest and blob.chunk_list is None):
         return blob
     known = {mirror.url for mirror in blob.mirrors}
     twins = [

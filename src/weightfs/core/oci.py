@@ -15,6 +15,7 @@ from weightfs.errors import RefError
 SCHEME: Final = "oci"
 DEFAULT_TAG: Final = "latest"
 DOCKER_HUB: Final = "docker.io"
+DOCKER_HUB_ALIASES: Final = frozenset({"index.docker.io", "registry-1.docker.io"})
 
 _HOST = re.compile(r"(?:[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?|\[[0-9a-f:]{2,45}\])(?::[0-9]{1,5})?")
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -49,7 +50,7 @@ class OciName:
 def parse_oci(text: str) -> OciName:
     """Read a name, without `oci://`. RefError."""
     host, slash, rest = text.partition("/")
-    host = {"index.docker.io": DOCKER_HUB, "registry-1.docker.io": DOCKER_HUB}.get(host.lower(), host.lower())
+    host = DOCKER_HUB if host.lower() in DOCKER_HUB_ALIASES else host.lower()
     if not slash or not (host == "localhost" or re.search("[.:]", host)):
         raise RefError(f"{text[:200]!r} does not say which registry, as in docker.io/ai/smollm2; {_FORM}.")
     if not _HOST.fullmatch(host):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
@@ -84,7 +84,7 @@ def parse_ref(text: str, schemes: Collection[str] = ("https", "http", "file", "o
     return ref
 
 
-_PARSERS = {
+_PARSERS: dict[str, Callable[[str], ollama.OllamaName | hub.HubName | oci.OciName]] = {
     ollama.SCHEME: ollama.parse_ollama,
     hub.SCHEME: hub.parse_hub,
     oci.SCHEME: oci.parse_oci,
@@ -99,9 +99,12 @@ def _named(scheme: str, text: str) -> Ref:
             f"The ref {_shown(text)} holds a character that no name in a registry has; what pins a digest there is "
             "the registry's manifest."
         )
-    canonical = f"{scheme}://{_PARSERS[scheme](name)}"
-    if len(canonical) > MAX_REF_CHARS:
-        raise RefError(f"The ref {_shown(text)} has over {MAX_REF_CHARS} characters once it is complete.")
+    parsed = _PARSERS[scheme](name)
+    try:
+        check_path(parsed.tree)
+    except ValueError as error:
+        raise RefError(f"The ref {_shown(text)} cannot be a path below the mount: {error}.") from None
+    canonical = f"{scheme}://{parsed}"  # at most 2,000 characters: every part of a name is bounded
     return Ref(scheme, canonical, canonical)
 
 

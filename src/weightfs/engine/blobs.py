@@ -41,6 +41,7 @@ class BlobState:
     generation: int = 0
     fetched_bytes: int = 0
     filling: bool = False
+    completing: int = 0  # how many wait for all of it (`pull`)
     prepared: bool = False
     preparing: trio.Lock = field(default_factory=trio.Lock)  # held across disk work only
     # The data file's device and inode, and how often it was lost: what was written into a lost one has not landed.
@@ -81,7 +82,7 @@ class BlobState:
     @property
     def sealed(self) -> bool:
         """Nothing is left to be fetched or proven: all durable and, where there is a digest, verified."""
-        return self.durable.full and (self.trust is Trust.VERIFIED or self.blob.sha256 is None)
+        return self.durable.full and (self.trust is Trust.VERIFIED or not self.blob.digest)
 
     @property
     def may_be_passed(self) -> bool:
@@ -91,7 +92,7 @@ class BlobState:
 
     @property
     def frontier(self) -> int:
-        """Chunks that the running SHA-256 has taken."""
+        """Chunks that the hash of the whole has taken."""
         if self.trust is Trust.VERIFIED:
             return self.shape.chunk_count
         return self.run.frontier if self.run else 0
@@ -115,6 +116,7 @@ class BlobState:
             trust=self.trust.value,
             complete=self.complete,
             sha256=self.blob.sha256.hex() if self.blob.sha256 else "",
+            digest=self.blob.digest,
             sources=tuple(without_secrets(mirror.url) for mirror in self.mirrors),
             ref=self.ref,
             mtime=self.mtime,

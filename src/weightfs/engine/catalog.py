@@ -1,18 +1,22 @@
 """What is pinned: refs, their manifests, and one `BlobState` for every blob that any of them names.
 
-Rule: the index is the truth; memory is made from it at start and changed only after the index was.
+Rules: the index is the truth; memory is made from it at start and changed only after the index was. A ref is found
+under every spelling of its name (`core.names.identity`), and stays under the one with which it was added.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
+from functools import partial
 
 import trio
 
 from weightfs.core.manifest import Blob, BlobId, Manifest, Policy, Trust
 from weightfs.core.mirror_rules import with_twins
 from weightfs.core.mirrors import joined
+from weightfs.core.names import identity
 from weightfs.core.readahead import ReadAhead
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.settings import EngineSettings
@@ -30,8 +34,9 @@ class Catalog:
     def __init__(self, cache: Cache, settings: EngineSettings) -> None:
         self._cache = cache
         self._settings = settings
-        self._refs: dict[str, StoredRef] = {}
+        self._refs: dict[str, StoredRef] = {}  # by identity
         self._states: dict[BlobId, BlobState] = {}
+        self._kept: frozenset[BlobId] = frozenset()  # blobs of pinned refs
 
     def states(self) -> list[BlobState]:
         """All blobs."""
@@ -47,20 +52,23 @@ class Catalog:
 
     def refs(self) -> list[StoredRef]:
         """In the order of their names."""
-        return [self._refs[name] for name in sorted(self._refs)]
+        return sorted(self._refs.values(), key=lambda stored: stored.manifest.ref)
 
     def manifests(self) -> tuple[Manifest, ...]:
         """Of all refs."""
         return tuple(stored.manifest for stored in self.refs())
 
-    def manifest(self, ref: str) -> Manifest | None:
-        """Of one ref, or None."""
-        stored = self._refs.get(ref)
-        return stored.manifest if stored else None
+    def ref(self, ref: str) -> StoredRef | None:
+        """One ref, or None."""
+        return self._refs.get(identity(ref))
+
+    def is_kept(self, id: BlobId) -> bool:  # noqa: A002
+        """Whether a ref that is to be kept whole names the blob."""
+        return id in self._kept
 
     def files(self, ref: str) -> list[tuple[str, BlobState]]:
-        """(path below `models/`, state) of everything that a ref names. KeyError if it is not pinned."""
-        manifest = self._refs[ref].manifest
+        """(path below `models/`, state) of everything that a ref names. KeyError if it is unknown."""
+        manifest = self._refs[identity(ref)].manifest
         return [(f"{manifest.tree}/{entry.path}", self._states[entry.blob.id]) for entry in manifest.entries]
 
     def load(self) -> None:
@@ -73,21 +81,27 @@ class Catalog:
             else:
                 log.info("blob %s, which no model names, was deleted: %d bytes", blob, freed)
         for stored in self._cache.refs():
-            self._refs[stored.manifest.ref] = stored
+            self._refs[identity(stored.manifest.ref)] = stored
             for entry in stored.manifest.entries:
                 self._note(entry.blob, stored, self._recall(entry.blob))
+        self._count_kept()
 
     async def put(self, manifest: Manifest) -> list[BlobState]:
         """Pin a manifest; the states of its blobs, new ones and known ones."""
+        if known := self.ref(manifest.ref):
+            manifest = replace(manifest, ref=known.manifest.ref)
         stored, recalled = await trio.to_thread.run_sync(self._put, manifest, frozenset(self._states))
-        self._refs[manifest.ref] = stored
+        self._refs[identity(manifest.ref)] = stored
+        self._count_kept()
         return [self._note(entry.blob, stored, recalled[entry.blob.id]) for entry in manifest.entries]
 
     def _put(self, manifest: Manifest, known: frozenset[BlobId]) -> tuple[StoredRef, dict[BlobId, _Recalled]]:
         # The shape of what is known here is the planner's and the workers' too: it does not change while we run.
         for note in self._cache.put_ref(manifest, now=int(time.time()), in_use=known):
             log.warning("%s: %s", manifest.ref, note)
-        stored = next(stored for stored in self._cache.refs() if stored.manifest.ref == manifest.ref)
+        stored = self._cache.ref(manifest.ref)
+        if stored is None:
+            raise CacheError(f"{manifest.ref} was removed from the index by somebody else")
         return stored, {entry.blob.id: self._recall(entry.blob) for entry in manifest.entries}
 
     def _recall(self, blob: Blob) -> _Recalled:
@@ -134,11 +148,26 @@ class Catalog:
 
     async def remove(self, ref: str) -> list[BlobState]:
         """Unpin; the states of blobs that no ref names any more. KeyError if it is not pinned."""
-        if ref not in self._refs:
-            raise KeyError(ref)
-        orphans = await trio.to_thread.run_sync(self._cache.remove_ref, ref)
-        del self._refs[ref]
+        name = self._refs[identity(ref)].manifest.ref
+        orphans = await trio.to_thread.run_sync(self._cache.remove_ref, name)
+        del self._refs[identity(ref)]
+        self._count_kept()
         return [state for blob in orphans if (state := self._states.pop(blob, None))]
+
+    async def pin(self, ref: str, *, pinned: bool) -> None:
+        """Keep a ref whole, or no longer. KeyError if it is not pinned."""
+        stored = self._refs[identity(ref)]
+        await trio.to_thread.run_sync(partial(self._cache.pin_ref, stored.manifest.ref, pinned=pinned))
+        self._refs[identity(ref)] = replace(stored, pinned=pinned)
+        self._count_kept()
+
+    def _count_kept(self) -> None:
+        self._kept = frozenset(
+            entry.blob.id
+            for stored in self._refs.values()
+            if stored.pinned
+            for entry in stored.manifest.entries
+        )
 
 
 def _founded(blob: Blob, progress: Progress) -> tuple[RunState | None, Trust]:

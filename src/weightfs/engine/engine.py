@@ -1,7 +1,7 @@
 """The engine: what the mount, the control socket and the command line see of weightfs.
 
-Rules: one trio run. Everything but the `async` methods answers from memory; of the `async` ones, only `add`, `complete`
-and `verify` may wait for longer than `read_timeout`.
+Rules: one trio run. Everything but the `async` methods answers from memory; of the `async` ones, only `add`, `update`,
+`browse`, `complete`, `verify`, and, of many files, `details` and `tensor_map` may wait for longer than `read_timeout`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -19,30 +20,42 @@ from weightfs.core import plan
 from weightfs.core.geometry import ByteSpan, ChunkSpan
 from weightfs.core.manifest import BlobId, Manifest, Policy
 from weightfs.core.planner import Planner
-from weightfs.core.ref import Ref
+from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.catalog import Catalog
 from weightfs.engine.causes import one_cause
 from weightfs.engine.committer import Committer
+from weightfs.engine.details import Details, RefDetails
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
+from weightfs.engine.headers import Headers
 from weightfs.engine.holdings import Holdings
+from weightfs.engine.keeping import Keeper
 from weightfs.engine.reader import Reader
 from weightfs.engine.report import describe_jobs, describe_refs
 from weightfs.engine.seal import Sealer
 from weightfs.engine.settings import EngineSettings, FillMode
-from weightfs.engine.status import BlobStatus, CacheSpace, EngineStatus, VerifyProgress, VerifyReport
+from weightfs.engine.status import (
+    BlobStatus,
+    CacheSpace,
+    EngineStatus,
+    Outcome,
+    RefUpdate,
+    VerifyProgress,
+    VerifyReport,
+)
 from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError
-from weightfs.sources import open_source
+from weightfs.sources import home_of, open_source
 from weightfs.sources.base import Source
 from weightfs.store.cache import Cache, StoredRef
 
 log = logging.getLogger(__name__)
 
 SPACE_SECONDS = 5.0  # how old `statfs` may be
+HEADERS_SECONDS = 60.0  # how long `headers_ready` waits
 
 
 class Engine:
@@ -73,7 +86,10 @@ class Engine:
         self._sealer = Sealer(
             self._hasher, self._committer, self._holdings, lambda: self._planner.waiting() > 0
         )
+        self._keeper = Keeper(self._catalog, self._fetcher, self._holdings, settings, nursery)
         self._reader = Reader(cache, self._planner, self._fetcher, self._holdings, settings, nursery)
+        self._headers = Headers(self._catalog, self._reader, nursery)
+        self._details = Details(self._headers)
         self._upkeep = Upkeep(
             self._catalog, self._planner, self._fetcher, self._holdings, self._hasher, self._sealer
         )
@@ -91,16 +107,9 @@ class Engine:
 
     def _begin(self, state: BlobState) -> None:
         self._fetcher.add(state)
-        if self.settings.fill is FillMode.ALL:
-            self._nursery.start_soon(self._fill, state)
+        self._keeper.begin(state)
         if len(state.durable) > state.frontier or state.durable.full:
             self._sealer.poke(state)
-
-    async def _fill(self, state: BlobState) -> None:
-        try:
-            await self._holdings.fill(state)
-        except CacheError as error:
-            log.error("%s", error)
 
     async def _close(self) -> None:
         self.fail_reads()
@@ -147,47 +156,107 @@ class Engine:
         """What is pinned, and since when."""
         return self._catalog.refs()
 
-    async def add(self, ref: Ref, *, refresh: bool = False) -> Manifest:
+    async def add(self, ref: Ref, *, refresh: bool = False, headers: bool = True) -> Manifest:
         """Pin a ref and show it. A pinned one is served from the index without asking anybody, unless `refresh`.
 
+        With `headers`, small files and headers that are not cached are then fetched in the background.
         SourceError, ChunkListError, SignatureError, CacheError.
         """
-        known = self._catalog.manifest(str(ref))
-        if known is not None and not refresh:
-            return known
+        known = self._catalog.ref(str(ref))
+        if known is None or refresh:
+            manifest = await self._resolve(ref, known)
+        else:
+            manifest = known.manifest
+        if headers:
+            self._headers.start(manifest)
+        return manifest
+
+    async def _resolve(self, ref: Ref, known: StoredRef | None) -> Manifest:
+        """Ask what it is, and pin that."""
+        if known is not None and known.manifest.ref != str(ref):
+            ref = parse_ref(known.manifest.ref)  # as it was spelt when it was added
         if ref.scheme not in self._sources:
             # In a thread: the first time it imports, for longer than the readers should wait for the loop.
             source = await trio.to_thread.run_sync(open_source, ref.scheme, self.settings.fetch)
             self._sources.setdefault(ref.scheme, source)
         manifest = await self._sources[ref.scheme].resolve(ref)
-        self._pool.own(ref.url)
-        if self.settings.policy is Policy.HOLD and any(
-            entry.blob.sha256 is None for entry in manifest.entries
-        ):
+        if home := home_of(ref, self.settings.fetch):
+            self._pool.own(home)
+        if self.settings.policy is Policy.HOLD and any(not entry.blob.digest for entry in manifest.entries):
             raise IntegrityError(
                 f"{manifest.ref} has no digest to be verified with, and policy hold would wait for ever; "
                 "add #sha256=<hex> to the ref, publish a .meta4, or use --policy provisional"
             )
         async with self._pinning:
+            if known is not None and self._catalog.ref(str(ref)) is None:
+                raise ReadError(f"{ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=str(ref))
             for state in await self._catalog.put(manifest):
                 if self._planner.knows(state.id):
                     self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
                     await self._holdings.adopt(state)
+                    self._keeper.begin(state)
                 else:
                     self._begin(state)
         self.on_change()
         await self._tidy()
         return manifest
 
+    async def update(self, ref_text: str) -> RefUpdate:
+        """Ask what a known ref is now, and follow it there. KeyError if it is unknown; else as `add`."""
+        before = self._known(ref_text)
+        await self.add(parse_ref(before.manifest.ref), refresh=True)
+        old, new = before.manifest.revision, self._known(ref_text).manifest.revision
+        outcome = Outcome.UNCHANGED if new == old else Outcome.UPDATED
+        if outcome is Outcome.UPDATED and new in before.previous:
+            outcome = Outcome.ROLLED_BACK
+            log.warning("%s went back to an older digest: from %s to %s", before.manifest.ref, old, new)
+        return RefUpdate(before.manifest.ref, old, new, outcome)
+
+    async def browse(self, ref: Ref) -> None:
+        """Let a ref be known because somebody looked at its path: as `add`, and nothing of it is fetched."""
+        await self.add(ref, headers=False)
+
+    async def pin(self, ref_text: str, *, pinned: bool) -> None:
+        """Keep all of a ref, from now on and after every start; or no longer. KeyError if it is unknown."""
+        async with self._pinning:
+            await self._catalog.pin(ref_text, pinned=pinned)
+            for _, state in self._catalog.files(ref_text):
+                self._keeper.begin(state)
+                self._keeper.rest(state)
+
+    async def headers_ready(self, ref_text: str, *, within: float = HEADERS_SECONDS) -> bool:
+        """Wait until what `add` fetches in the background is there, or was given up. False: it took too long."""
+        stored = self._catalog.ref(ref_text)
+        with trio.move_on_after(within) as scope:
+            await self._headers.ready(ref_text if stored is None else stored.manifest.ref)
+        return not scope.cancelled_caught
+
+    async def details(self, ref_text: str, *, fetch: bool = False) -> RefDetails:
+        """What its cached headers say about a ref; with `fetch`, those that are missing are fetched. KeyError."""
+        return await self._details.details(self._known(ref_text).manifest, fetch=fetch)
+
+    async def tensor_map(self, ref_text: str, *, layers: bool = False, fetch: bool = False) -> dict[str, Any]:
+        """Where the tensors of a ref lie and how much of each is cached, as plain values. KeyError."""
+        return await self._details.tensor_map(self._known(ref_text).manifest, layers=layers, fetch=fetch)
+
+    def _known(self, ref_text: str) -> StoredRef:
+        stored = self._catalog.ref(ref_text)
+        if stored is None:
+            raise KeyError(ref_text)
+        return stored
+
     async def remove(self, ref_text: str) -> int:
         """Forget a ref and delete what only it had; the bytes freed. KeyError if it is not pinned."""
         freed = 0
         async with self._pinning:
             with trio.CancelScope(shield=True):  # half a removal would leave files that nothing names
+                states = [state for _, state in self._catalog.files(ref_text)]
                 orphans = await self._catalog.remove(ref_text)
                 self.on_change()
                 for state in orphans:
                     freed += await self._delete(state)
+                for state in states:
+                    self._keeper.rest(state)
         return freed
 
     async def _tidy(self) -> None:
@@ -275,7 +344,10 @@ class Engine:
             if chunk not in state.present:
                 self._fetcher.feed(plan.Want(state.id, ChunkSpan(chunk, chunk + 1)))
         if self.settings.fill is FillMode.OPENED:
-            await self._fill(state)
+            try:
+                await self._holdings.fill(state)
+            except CacheError as error:
+                log.error("%s", error)
 
     # ---- looking at it
 
@@ -326,6 +398,7 @@ class Engine:
             and self._pool.jobs == 0
             and not self._committer.pending
             and self._sealer.idle
+            and not self._headers.busy
         ):
             await self._committer.flush()
             await trio.sleep(0.01)

@@ -44,7 +44,8 @@ class Hasher:
     ) -> wire.Hashed:
         """Hash durable chunks from the disk.
 
-        `compare`: each with its record; `running`: feed the blob's running SHA-256 and go on from its saved state.
+        `compare`: each with its record; `running`: feed the blob's running SHA-256 and go on from its saved state, or
+        git's SHA-1, which must then be given everything.
         CacheError if the records or the file cannot be read at all.
         """
         digests = ""
@@ -65,6 +66,7 @@ class Hasher:
                 digests,
                 running,
                 resume,
+                git=running and state.blob.git_sha1 is not None,
             )
             answer = await self._call(job)
             if isinstance(answer, wire.Hashed):

@@ -272,7 +272,8 @@ class Holdings:
     def restart_hash(self, state: BlobState) -> RunState | None:
         """The running SHA-256 at the beginning; queued for the index."""
         state.resumed = 0
-        run = RunState(0, RunningSha256(None, 0).state()) if SAVABLE else None
+        savable = SAVABLE and state.blob.git_sha1 is None
+        run = RunState(0, RunningSha256(None, 0).state()) if savable else None
         if run:
             self._committer.progressed(state.id, run)
         return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from typing import Protocol
 
 import trio
 
@@ -26,6 +27,12 @@ log = logging.getLogger(__name__)
 
 DISK_TRIES = 3  # reads of one span that find the disk at fault, before the reader is told
 LET_GO_BYTES = 16 * MIB  # of the cache file, behind a sequential reader, per call
+
+
+class _Observe(Protocol):
+    """Takes note of a read, for read-ahead."""
+
+    def __call__(self, state: BlobState, span: ByteSpan, *, stalled: bool) -> None: ...
 
 
 class Reader:
@@ -50,24 +57,33 @@ class Reader:
 
     async def read(self, state: BlobState, span: ByteSpan) -> bytes:
         """The bytes of `span`, clipped at the end of the blob."""
+        return await self._read(state, span, self._observe)
+
+    async def read_unseen(self, state: BlobState, span: ByteSpan) -> bytes:
+        """The same for ourselves: no stream is made of it, so that nothing is fetched ahead of it."""
+        return await self._read(state, span, _unseen)
+
+    async def _read(self, state: BlobState, span: ByteSpan, observe: _Observe) -> bytes:
         span = span.clamp(state.shape.size)
         chunks = state.shape.chunks_covering(span)
         if state.policy.allows(state.trust) and state.present.covers(chunks) and not _suspects(state, chunks):
             data = self._cache.read_nowait(state.id, span)
             if data is not None:
-                self._observe(state, span, stalled=False)
+                observe(state, span, stalled=False)
                 return data
         limit = self._settings.read_timeout or float("inf")
         with trio.move_on_after(limit):
-            return await self._read_slowly(state, span, chunks)
+            return await self._read_slowly(state, span, chunks, observe)
         text = f"chunk {chunks.start} of {state.ref} did not arrive within {limit:g} s (read-timeout)"
         raise ReadError(text, kind=FailureKind.TIMEOUT, ref=state.ref, chunk=chunks.start)
 
-    async def _read_slowly(self, state: BlobState, span: ByteSpan, chunks: ChunkSpan) -> bytes:
+    async def _read_slowly(
+        self, state: BlobState, span: ByteSpan, chunks: ChunkSpan, observe: _Observe
+    ) -> bytes:
         faults = 0
         observed = False
         while True:
-            observed = await self._await_chunks(state, span, chunks) or observed
+            observed = await self._await_chunks(state, span, chunks, observe) or observed
             generation = state.generation
             data = self._cache.read_nowait(state.id, span)  # what has just landed is in memory: no thread
             try:
@@ -84,10 +100,12 @@ class Reader:
                 continue
             if state.generation == generation:
                 if not observed:
-                    self._observe(state, span, stalled=False)
+                    observe(state, span, stalled=False)
                 return data
 
-    async def _await_chunks(self, state: BlobState, span: ByteSpan, chunks: ChunkSpan) -> bool:
+    async def _await_chunks(
+        self, state: BlobState, span: ByteSpan, chunks: ChunkSpan, observe: _Observe
+    ) -> bool:
         """Until all of `chunks` may be given out; whether they had to be fetched, which read-ahead then knows."""
         fetched = False
         while True:
@@ -96,7 +114,7 @@ class Reader:
             if not state.present.covers(chunks):
                 await self._prepare(state)
                 if not fetched:  # before the wait: what comes next is fetched beside what is waited for
-                    self._observe(state, span, stalled=True)
+                    observe(state, span, stalled=True)
                     fetched = True
                 await self._fetcher.wait_for(state, chunks)
             elif _suspects(state, chunks):
@@ -121,9 +139,9 @@ class Reader:
         """What the policy demands of the whole blob, before a byte of it is given out."""
         while not state.policy.allows(state.trust):
             if state.trust is Trust.QUARANTINED:
-                text = f"{state.ref} is quarantined (its SHA-256 is not the promised one): use another mirror"
+                text = f"{state.ref} is quarantined (its digest is not the promised one): use another mirror"
                 raise ReadError(text, kind=FailureKind.MISMATCH, ref=state.ref)
-            if state.blob.sha256 is None:
+            if not state.blob.digest:
                 text = f"{state.ref} has no digest to be verified with, and policy {state.policy} demands one"
                 raise ReadError(text, kind=FailureKind.MISMATCH, ref=state.ref)
             if self._fetcher.closed:
@@ -188,6 +206,10 @@ class Reader:
         except CacheError:
             return False
         return hashlib.sha256(data).digest() == record
+
+
+def _unseen(state: BlobState, span: ByteSpan, *, stalled: bool) -> None:
+    """In the place of `Reader._observe`."""
 
 
 def _suspects(state: BlobState, chunks: ChunkSpan) -> bool:

@@ -16,6 +16,7 @@ def describe_refs(catalog: Catalog, planner: Planner, now: float) -> tuple[RefSt
             ref=stored.manifest.ref,
             revision=stored.manifest.revision,
             added_at=stored.added_at,
+            pinned=stored.pinned,
             files=tuple(
                 _describe(f"models/{path}", state, planner, now)
                 for path, state in catalog.files(stored.manifest.ref)
@@ -42,6 +43,7 @@ def _describe(path: str, state: BlobState, planner: Planner, now: float) -> File
         trust=state.trust.value,
         policy=state.policy.value,
         sha256=state.blob.sha256.hex() if state.blob.sha256 else "",
+        digest=state.blob.digest,
         signer=chunk_list.signer if chunk_list else "",
         open_handles=state.handles,
         waiting_readers=planner.waiting(state.id),

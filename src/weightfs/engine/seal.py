@@ -1,10 +1,13 @@
-"""Sealing: the in-order SHA-256 that turns a provisional or attested blob into a verified one.
+"""Sealing: the in-order hash of the whole that turns a provisional or attested blob into a verified one.
 
 Rules: only durable chunks are fed, so a saved state is never ahead of the records. The bytes are read back from the
 disk, so a match proves what is on the disk. The first pass feeds them without looking at their records, for that would
 hash every byte twice; if the whole then differs, a second pass compares each chunk with its record before it is fed.
 What differs there is the disk's fault, and costs that chunk; if all are equal and the whole still differs, the origin
 is at fault, and the blob is quarantined.
+
+The hash is SHA-256, whose state is saved as it goes; or git's SHA-1 where that is all that an origin publishes, or a
+SHA-256 that cannot be saved here: those are begun when the blob is complete, and done in one go.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class Sealer:
 
     def poke(self, state: BlobState) -> None:
         """More of the blob has become durable."""
-        unproven = state.blob.sha256 is not None and state.trust not in (Trust.VERIFIED, Trust.QUARANTINED)
+        unproven = state.blob.digest and state.trust not in (Trust.VERIFIED, Trust.QUARANTINED)
         if unproven and self._holdings.pinned(state):
             self._queue[state.id.raw] = state
             self._poked.set()
@@ -70,12 +73,13 @@ class Sealer:
     def _span(self, state: BlobState) -> ChunkSpan | None:
         """What can be fed now, if anything. Readers first: an incomplete blob waits while somebody waits for bytes."""
         count = state.shape.chunk_count
-        if not state.durable.full and (self._busy() or not SAVABLE):
+        in_parts = SAVABLE and state.blob.git_sha1 is None
+        if not state.durable.full and (self._busy() or not in_parts):
             return None
         start = state.frontier
         stop = state.durable.first_hole(start)
         stop = count if stop is None else stop
-        if not SAVABLE:
+        if not in_parts:
             return ChunkSpan(0, count)
         return self._hasher.batch(state, start, stop) if stop > start or start == count else None
 
@@ -146,15 +150,16 @@ class Sealer:
             self._judge(state, answer)
 
     def _judge(self, state: BlobState, answer: wire.Hashed) -> None:
-        expected = state.blob.sha256.hex() if state.blob.sha256 else ""
-        if answer.total == expected:
+        digest = state.blob.digest
+        kind, _, expected = digest.partition(":")
+        if f"{kind}:{answer.total}" == digest:
             state.trust = Trust.VERIFIED
             # What the hash took before this process began may have been lost by the stop since.
             self._holdings.cleared(state, [chunk for chunk in state.suspect if chunk >= state.resumed])
-            log.info("%s is verified: SHA-256 %s", state.ref, expected)
+            log.info("%s is verified: %s", state.ref, digest)
         elif not state.doubted:
             log.warning(
-                "the SHA-256 of %s is not the promised one; looking for the chunk that is wrong", state.ref
+                "the %s of %s is not the promised one; looking for the chunk that is wrong", kind, state.ref
             )
             state.doubted = True
             state.run = self._holdings.restart_hash(state)
@@ -162,9 +167,9 @@ class Sealer:
         else:
             state.trust = Trust.QUARANTINED
             log.error(
-                "%s is quarantined: its SHA-256 is %s where %s was promised, although every chunk is as it was "
+                "%s is quarantined: its %s is %s where %s was promised, although every chunk is as it was "
                 "received: the origin gave wrong bytes. Remove it with `weightfs rm` and take it from another mirror",
-                state.ref, answer.total, expected,
+                state.ref, kind, answer.total, expected,
             )  # fmt: skip
         self._committer.judged(state.id, state.trust)
         self._queue.pop(state.id.raw, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from weightfs.core.manifest import BlobId
@@ -17,6 +18,7 @@ class BlobStatus:
     trust: str
     complete: bool
     sha256: str  # 64 hex digits, or "" where no origin publishes it
+    digest: str  # as `core.manifest.Blob.digest`
     sources: tuple[str, ...]  # URLs without secrets
     ref: str
     mtime: int  # seconds since 1970
@@ -46,11 +48,12 @@ class FileStatus:
     present_chunks: int
     present_bytes: int
     durable_chunks: int
-    sealed_chunks: int  # the frontier of the running SHA-256
+    sealed_chunks: int  # that the hash of the whole has taken
     fetched_bytes: int  # from the network since this process started
     trust: str
     policy: str
     sha256: str
+    digest: str
     signer: str
     open_handles: int
     waiting_readers: int
@@ -66,6 +69,7 @@ class RefStatus:
     ref: str
     revision: str
     added_at: int
+    pinned: bool  # to be kept whole
     files: tuple[FileStatus, ...]
 
 
@@ -108,6 +112,24 @@ class CacheSpace:
 
     total_bytes: int
     free_bytes: int
+
+
+class Outcome(enum.StrEnum):
+    """What `update` found. A ref that had the new revision before was set back, or somebody replays an old answer."""
+
+    UNCHANGED = "unchanged"
+    UPDATED = "updated"
+    ROLLED_BACK = "rolled back"
+
+
+@dataclass(frozen=True, slots=True)
+class RefUpdate:
+    """A ref was asked for again: what it was, and what it is now."""
+
+    ref: str
+    old_revision: str
+    new_revision: str
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)

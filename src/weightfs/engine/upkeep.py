@@ -12,12 +12,25 @@ from weightfs.core.plan import Failure
 from weightfs.core.planner import Planner
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.catalog import Catalog
+from weightfs.engine.causes import one_cause
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.seal import Sealer
 from weightfs.engine.status import VerifyProgress, VerifyReport
-from weightfs.errors import DiskFault, FailureKind, IntegrityError, NoSpaceError, ReadError, WeightfsError
+from weightfs.errors import (
+    CacheError,
+    DiskFault,
+    FailureKind,
+    IntegrityError,
+    NoSpaceError,
+    ReadError,
+    WeightfsError,
+)
+
+# Files of one ref that are completed side by side: a repository has hundreds of small ones, a round trip each. The
+# planner begins with the first all the same, and bounds what is in flight.
+COMPLETE_AT_ONCE = 16
 
 
 class Upkeep:
@@ -45,10 +58,25 @@ class Upkeep:
         KeyError if the ref is not pinned; ReadError if something cannot be had; IntegrityError if the whole is wrong;
         NoSpaceError, DiskFault or CacheError if the cache cannot keep it.
         """
-        for path, state in self._catalog.files(ref):
-            await self._complete(path, state)
+        files = {state.id: (path, state) for path, state in self._catalog.files(ref)}
+        left = iter(files.values())
+
+        async def work() -> None:
+            for path, state in left:
+                await self._complete(path, state)
+
+        async with one_cause(CacheError, IntegrityError, WeightfsError), trio.open_nursery() as nursery:
+            for _ in range(min(COMPLETE_AT_ONCE, len(files))):
+                nursery.start_soon(work)
 
     async def _complete(self, path: str, state: BlobState) -> None:
+        state.completing += 1
+        try:
+            await self._finish(path, state)
+        finally:
+            state.completing -= 1
+
+    async def _finish(self, path: str, state: BlobState) -> None:
         while not state.sealed or len(state.suspect):
             await self._seal(path, state)
             # What was recorded before an unclean stop is hashed once more: the whole was proven, the disk was not.
@@ -71,7 +99,7 @@ class Upkeep:
                 raise error
             if state.trust is Trust.QUARANTINED:
                 raise IntegrityError(
-                    f"{path} of {state.ref} is quarantined: its SHA-256 is not the promised one, although every chunk "
+                    f"{path} of {state.ref} is quarantined: its digest is not the promised one, although every chunk "
                     "is as it was received; remove it with `weightfs rm` and take it from another mirror"
                 )
             if failure := self._planner.stuck(state.id):

@@ -26,7 +26,7 @@ MAX_LINE = 16 * 1024 * 1024
 class Hello:
     """First to the worker: how to fetch, how much to buffer, and how often to say that it lives (seconds)."""
 
-    fetch: dict[str, Any]
+    fetch: dict[str, Any] = field(repr=False)  # with secrets
     buffer_bytes: int
     beat_seconds: float = 5.0
 
@@ -80,7 +80,7 @@ class HashJob:
     """Read chunks `[start, stop)` of the file and compare each with `digests` (hex; empty: compare nothing).
 
     With `running`, also feed them to the running SHA-256 with state `state` (hex; empty: a new one), and stop at the
-    first that differs or cannot be read.
+    first that differs or cannot be read. With `git`, that is git's SHA-1 instead, which has no state: over everything.
     """
 
     job: int
@@ -92,6 +92,7 @@ class HashJob:
     digests: str
     running: bool = False
     state: str = ""
+    git: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Hashed:
     """Answer to HashJob.
 
     `stop`: the chunks before it were read; `bad`: chunks that differ from their record (or that could not be read);
-    `state`: the running state after `stop` (hex), `total`: the SHA-256 if `stop` is the end.
+    `state`: the running state after `stop` (hex), `total`: the digest of the whole (hex) if `stop` is the end.
     """
 
     job: int

@@ -27,7 +27,7 @@ from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Mirror
 from weightfs.engine import wire
 from weightfs.engine.causes import one_cause
-from weightfs.engine.running import SAVABLE, RunningSha256
+from weightfs.engine.running import SAVABLE, GitSha1, RunningSha256
 from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import open_source, schemes
 from weightfs.sources.base import FetchSettings, Source
@@ -330,9 +330,7 @@ def _read_span(fd: int, span: ByteSpan) -> bytes:
 def hash_chunks(job: wire.HashJob) -> wire.Hashed:
     """Carry out a HashJob, in a thread. A chunk is fed to the running hash only after it was compared, if it is."""
     shape = BlobShape(job.size, job.chunk_length)
-    running = (
-        RunningSha256(bytes.fromhex(job.state) or None, job.start * job.chunk_length) if job.running else None
-    )
+    running = _hash_of_whole(job) if job.running else None
     bad: list[int] = []
     chunk = job.start
     fd = os.open(job.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -358,7 +356,14 @@ def hash_chunks(job: wire.HashJob) -> wire.Hashed:
         return wire.Hashed(job.job, job.stop, bad)
     if chunk == shape.chunk_count:
         return wire.Hashed(job.job, chunk, bad, "", running.digest().hex())
-    return wire.Hashed(job.job, chunk, bad, running.state().hex() if SAVABLE and chunk else "")
+    state = running.state().hex() if isinstance(running, RunningSha256) and SAVABLE and chunk else ""
+    return wire.Hashed(job.job, chunk, bad, state)
+
+
+def _hash_of_whole(job: wire.HashJob) -> RunningSha256 | GitSha1:
+    if job.git:
+        return GitSha1(job.size)
+    return RunningSha256(bytes.fromhex(job.state) or None, job.start * job.chunk_length)
 
 
 # ---- the process

@@ -1,9 +1,10 @@
 """The tree of names, and its inode numbers. Pure.
 
 Numbers follow from content: a file's from its blob's id (so that one blob has one inode, and the kernel one
-copy of its pages, wherever it appears), a directory's from its path. They are the same after a restart. All are even
-but the root's, which is 1: a file has a second number, one higher, under which it is passed through (see
-`passthrough`). A tree never changes: a new one is built, and what is open stays with its own nodes.
+copy of its pages, wherever it appears), a slice's from that and its span, an inline file's from its bytes, a
+directory's from its path. They are the same after a restart. All are even but the root's, which is 1: a whole blob has
+a second number, one higher, under which it is passed through (see `passthrough`); slices and inline files have not, so
+they never are. A tree never changes: a new one is built, and what is open stays with its own nodes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import Blob, check_path
 from weightfs.layouts.base import Dir, File, Inline, Item, Link
 
@@ -24,11 +26,50 @@ _DOTS = 2  # offsets 1 and 2 are `.` and `..`
 
 @dataclass(frozen=True, slots=True)
 class FileNode:
-    """A blob; `links` names lead to it."""
+    """A whole blob; `links` names lead to it."""
 
     ino: int
     blob: Blob
     links: int
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self.blob.size
+
+    @property
+    def span(self) -> ByteSpan:
+        """Where its bytes are in the blob."""
+        return ByteSpan(0, self.blob.size)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceNode:
+    """Some bytes of a blob as a file of their own; `links` names lead to it."""
+
+    ino: int
+    blob: Blob
+    span: ByteSpan
+    links: int
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return len(self.span)
+
+
+@dataclass(frozen=True, slots=True)
+class InlineNode:
+    """A file whose bytes are in memory; `links` names lead to it."""
+
+    ino: int
+    data: bytes = field(repr=False)
+    links: int
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return len(self.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +82,28 @@ class LinkNode:
 
 @dataclass(frozen=True, slots=True)
 class DirNode:
-    """A directory. `cookies[i]` is the offset of `names[i]`, ascending; it depends on the name alone."""
+    """A directory. `cookies[i]` is the offset of `names[i]`, ascending; it depends on the name alone.
+
+    `path` is below the mount's root, and empty for that.
+    """
 
     ino: int
     parent: int
+    path: str
     subdirectories: int
     children: dict[str, int] = field(repr=False)
     cookies: tuple[int, ...] = field(repr=False)
     names: tuple[str, ...] = field(repr=False)
 
 
-Node = FileNode | LinkNode | DirNode
+BlobNode = FileNode | SliceNode
+RegularNode = BlobNode | InlineNode
+Node = RegularNode | LinkNode | DirNode
+
+
+def empty_directory(path: str, parent: int) -> DirNode:
+    """A directory that no layout knows, under the number that it will have once one does."""
+    return DirNode(number_of(_key(path, Dir()), 0) & ~DIRECT, parent, path, 0, {}, (), ())
 
 
 def number_of(key: bytes, attempt: int) -> int:
@@ -81,7 +133,7 @@ class Namespace:
         return len(self._nodes)
 
     def node(self, ino: int) -> Node | None:
-        """The node with this number; a file's by either of its two."""
+        """The node with this number; a whole blob's by either of its two."""
         node = self._nodes.get(ino)
         if node is None and ino & DIRECT:
             node = self._nodes.get(ino ^ DIRECT)
@@ -131,6 +183,9 @@ def _place(
         except ValueError as error:
             conflicts.append(f"A layout's path {path[:200]!r} is left out: {error}.")
             continue
+        if isinstance(entry, File) and entry.span is not None and entry.span.stop > entry.blob.size:
+            conflicts.append(f"A layout's path {path!r} is left out: it ends beyond its blob.")
+            continue
         wanted.append((path, entry))
         parts = path.split("/")
         directories.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
@@ -154,14 +209,22 @@ def _place(
 
 def _same(one: Item, other: Item) -> bool:
     if isinstance(one, File) and isinstance(other, File):
-        return one.blob.id == other.blob.id
+        return one.blob.id == other.blob.id and _part(one) == _part(other)
     return one == other
+
+
+def _part(file: File) -> ByteSpan | None:
+    """The span, or None if it is the whole blob: that has one inode, however it is said."""
+    return None if file.span == ByteSpan(0, file.blob.size) else file.span
 
 
 def _key(path: str, entry: Item) -> bytes:
     match entry:
         case File(blob):
-            return b"file\0" + blob.id.raw
+            span = _part(entry)
+            if span is None:
+                return b"file\0" + blob.id.raw
+            return b"slice\0%s\0%d\0%d" % (blob.id.raw, span.start, span.stop)
         case Inline(data):
             return b"inline\0" + hashlib.sha256(data).digest()
         case Link(target):
@@ -197,13 +260,8 @@ def _link_up(placed: dict[str, Item], number: Callable[[bytes, int], int]) -> di
             children.setdefault(path, {})
     nodes: dict[int, Node] = {}
     for path, entry in placed.items():
-        match entry:
-            case File(blob):
-                nodes.setdefault(inos[path], FileNode(inos[path], blob, links[inos[path]]))
-            case Link(target):
-                nodes[inos[path]] = LinkNode(inos[path], target)
-            case Dir():
-                pass
+        if not isinstance(entry, Dir):
+            nodes[inos[path]] = _leaf(inos[path], entry, links[inos[path]])
     subdirectories: dict[str, int] = {}
     for path in children:
         if path:
@@ -213,9 +271,26 @@ def _link_up(placed: dict[str, Item], number: Callable[[bytes, int], int]) -> di
         order = _offsets(names, number)
         parent = path.rpartition("/")[0]
         nodes[inos[path]] = DirNode(
-            inos[path], inos[parent], subdirectories.get(path, 0), names, tuple(order), tuple(order.values())
+            inos[path],
+            inos[parent],
+            path,
+            subdirectories.get(path, 0),
+            names,
+            tuple(order),
+            tuple(order.values()),
         )
     return nodes
+
+
+def _leaf(ino: int, entry: File | Inline | Link, links: int) -> Node:
+    match entry:
+        case File(blob):
+            span = _part(entry)
+            return FileNode(ino, blob, links) if span is None else SliceNode(ino, blob, span, links)
+        case Inline(data):
+            return InlineNode(ino, data, links)
+        case Link(target):
+            return LinkNode(ino, target)
 
 
 def _offsets(names: Iterable[str], number: Callable[[bytes, int], int]) -> dict[int, str]:

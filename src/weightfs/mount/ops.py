@@ -1,11 +1,11 @@
 """A thin pyfuse3 skin: kernel requests in, the namespace's and the engine's answers out.
 
 Rules: nothing but FUSEError and Answered leaves a handler (anything else would end pyfuse3's loop and with it the
-mount). Only `read` waits. `open` never fails for reasons of data. A handle's number is its inode's, so that it can be
-told again after a restart, and what is open stays readable when its name is gone. Inodes never change
-content: `keep_cache`. A blob whose file the kernel may read itself is shown under its other inode number (see
-`passthrough`); whoever has it open by the first goes on with that. What is left out (flush, fsync, poll …) pyfuse3
-answers ENOSYS, once: the kernel then does without it for good.
+mount). Only `read` waits, and `lookup` where browsing is on. `open` never fails for reasons of data. A handle's number
+is its inode's, so that it can be told again after a restart, and what is open stays readable when its name is gone.
+Inodes never change content: `keep_cache`. A blob whose file the kernel may read itself is shown under its other inode
+number (see `passthrough`); whoever has it open by the first goes on with that. What is left out (flush, fsync, poll …)
+pyfuse3 answers ENOSYS, once: the kernel then does without it for good.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import errno
 import functools
 import logging
 import os
-import stat
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
@@ -24,23 +23,31 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, InodeT, ModeT, StatvfsData
 
 from weightfs.core.geometry import ByteSpan
+from weightfs.core.manifest import Blob
 from weightfs.errors import ReadError
+from weightfs.mount.attributes import PAGE, Attributes, extended
+from weightfs.mount.browsing import Browser
 from weightfs.mount.errno import errno_of
-from weightfs.mount.inodes import DIRECT, ROOT, DirNode, FileNode, LinkNode, Namespace, Node
-from weightfs.mount.passthrough import Answered, Passthrough, Private
+from weightfs.mount.inodes import (
+    DIRECT,
+    ROOT,
+    BlobNode,
+    DirNode,
+    FileNode,
+    InlineNode,
+    LinkNode,
+    Namespace,
+    Node,
+    RegularNode,
+    SliceNode,
+)
+from weightfs.mount.passthrough import Answered, Passthrough
 from weightfs.mount.penance import Penance, Sentence
 from weightfs.mount.ports import MountedEngine, Status
 from weightfs.mount.stats import MountStats
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-ENTRY_TIMEOUT = 1.0  # seconds: a name may go, or lead to a newer blob; the kernel is never told so
-INCOMPLETE_TIMEOUT = 1.0  # st_blocks grows
-COMPLETE_TIMEOUT = 60.0  # st_blocks shrinks only if the blob is evicted
-_BLOCK = 512  # of st_blocks
-_PAGE = 4096
-XATTR_PREFIX = "user.weightfs."
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +56,7 @@ _log = logging.getLogger(__name__)
 class _Open:
     """An inode with handles. The first one decides how it is read: by itself if `backing` is a number, else by us."""
 
-    node: FileNode
+    node: RegularNode
     handles: int = 0
     decided: trio.Event | None = None
     backing: int | None = None
@@ -97,6 +104,7 @@ class WeightOperations(pyfuse3.Operations):
         stats: MountStats,
         on_init: Callable[[], None],
         passthrough: Passthrough | None = None,
+        browser: Browser | None = None,
     ) -> None:
         super().__init__()
         self.stats = stats
@@ -104,23 +112,24 @@ class WeightOperations(pyfuse3.Operations):
         self._namespace = namespace
         self._on_init = on_init
         self._passthrough = passthrough or Passthrough()
+        self._browser = browser
         self._open: dict[int, _Open] = {}
         self._kept: set[int] = set()  # inodes whose pages in the kernel are of the blob as it is pinned now
         self._penance = Penance()
         self._stopping = trio.Event()
-        self._uid = os.geteuid()
-        self._gid = os.getegid()
-        self._changed_at = 0
+        self._about = Attributes()
 
     def show(self, namespace: Namespace, now: int) -> None:
         """Replace the tree of names, as of `now` (seconds since 1970, the directories' mtime)."""
         self._namespace = namespace
-        self._changed_at = now
+        self._about.changed_at = now
         self._kept = {inode for inode in self._kept if namespace.node(inode) is not None}
 
     def stop_holding(self) -> None:
         """From now on failing reads are answered at once: the mount is about to go."""
         self._stopping.set()
+        if self._browser is not None:
+            self._browser.stop()
 
     def init(self) -> None:
         """Called by libfuse when its half of the handshake is done."""
@@ -135,8 +144,13 @@ class WeightOperations(pyfuse3.Operations):
         """ENOENT for what is not there; never cached, for a ref may be added at any time."""
         private = self._passthrough.private
         if private is not None and parent_inode == ROOT and _text(name) == private.name:
-            return self._private_attributes(private)
+            return self._about.private(private)
         node = self._namespace.lookup(parent_inode, _text(name))
+        if node is None and self._browser is not None:
+            node = await self._browser.find(self._namespace, parent_inode, _text(name))
+            node = node or self._namespace.lookup(
+                parent_inode, _text(name)
+            )  # another tree, if it is pinned now
         if node is None:
             raise FUSEError(errno.ENOENT)
         return self._attributes(node, self._shown(node))
@@ -173,6 +187,8 @@ class WeightOperations(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Names with their attributes (READDIRPLUS), from the newest tree that has the directory."""
         node = self._namespace.node(fh)
+        if node is None and self._browser is not None:
+            node = self._browser.directory(fh)
         if not isinstance(node, DirNode):
             return  # the directory is gone: it has no more entries
         for offset, name, child in self._namespace.listing(node, start_id):
@@ -196,20 +212,16 @@ class WeightOperations(pyfuse3.Operations):
         node = self._node(inode)
         if isinstance(node, DirNode):
             raise FUSEError(errno.EISDIR)
-        if not isinstance(node, FileNode):
+        if isinstance(node, LinkNode):
             raise FUSEError(errno.ELOOP)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise FUSEError(errno.EROFS)
         held = self._open.setdefault(inode, _Open(node))
         held.handles += 1
-        try:
-            self._engine.opened(node.blob.id)
-        except Exception:  # noqa: BLE001 - the rule above is stronger than any contract
-            self.stats.internal_errors += 1
-            _log.exception("The engine failed to note that blob %s was opened", node.blob.id)
-        if inode & DIRECT:
+        self._note_opened(node)
+        if inode & DIRECT and isinstance(node, FileNode):
             try:
-                await self._pass_through(inode, held)
+                await self._pass_through(inode, node.blob, held)
             except BaseException as outcome:
                 if isinstance(outcome, Answered) and outcome.delivered:
                     self.stats.passed_opens += 1
@@ -217,13 +229,21 @@ class WeightOperations(pyfuse3.Operations):
                     self._released(inode)
                 raise
         # A blob that was removed and pinned again may have been wrong before: its first open drops the old pages.
-        kept = inode in self._kept
+        kept = inode in self._kept or isinstance(node, InlineNode)
         self._kept.add(inode)
         return FileInfo(fh=FileHandleT(inode), keep_cache=kept)
 
-    async def _pass_through(self, inode: InodeT, held: _Open) -> None:
+    def _note_opened(self, node: RegularNode) -> None:
+        if isinstance(node, InlineNode):
+            return
+        try:
+            self._engine.opened(node.blob.id)
+        except Exception:  # noqa: BLE001 - the rule of `open` is stronger than any contract
+            self.stats.internal_errors += 1
+            _log.exception("The engine failed to note that blob %s was opened", node.blob.id)
+
+    async def _pass_through(self, inode: InodeT, blob: Blob, held: _Open) -> None:
         """Answer the open, raising Answered, if this inode is passed through; return if it is not."""
-        blob = held.node.blob
         if held.decided is None:
             held.decided = trio.Event()
             try:
@@ -257,17 +277,25 @@ class WeightOperations(pyfuse3.Operations):
             if held.backing is not None:
                 self.stats.passed_files -= 1
                 self._passthrough.take_back(held.backing)
-        self._engine.released(held.node.blob.id)
+        if not isinstance(held.node, InlineNode):
+            self._engine.released(held.node.blob.id)
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Bytes [off, off + size), clipped at the end; a failing answer is held back (see `penance`)."""
         node = self._node(fh)
-        if not isinstance(node, FileNode):
+        if isinstance(node, DirNode | LinkNode):
             raise FUSEError(errno.EISDIR)
-        span = ByteSpan(off, off + size).clamp(node.blob.size)
+        span = ByteSpan(off, off + size).clamp(node.size)
         if not len(span):
             return b""
+        if isinstance(node, InlineNode):
+            return self._counted(node.data[span.start : span.stop])
+        at = node.span.start
+        return await self._read_blob(node, ByteSpan(at + span.start, at + span.stop))
+
+    async def _read_blob(self, node: BlobNode, span: ByteSpan) -> bytes:
+        """Bytes of the blob; `span` is within the node's."""
         asked = trio.current_time()
         serial = self.stats.began(node.ino, span, asked)
         try:
@@ -286,13 +314,16 @@ class WeightOperations(pyfuse3.Operations):
                 raise FUSEError(sentence.errno) from None
         finally:
             self.stats.ended(serial)
-        self.stats.reads += 1
-        self.stats.read_bytes += len(span)
         self._penance.forgive(node.ino, span)
+        return self._counted(data)
+
+    def _counted(self, data: bytes) -> bytes:
+        self.stats.reads += 1
+        self.stats.read_bytes += len(data)
         return data
 
     def _failure(
-        self, node: FileNode, span: ByteSpan, error: Exception, asked: float, *, waited: bool
+        self, node: BlobNode, span: ByteSpan, error: Exception, asked: float, *, waited: bool
     ) -> Sentence:
         whole = False
         if isinstance(error, ReadError):
@@ -327,9 +358,9 @@ class WeightOperations(pyfuse3.Operations):
         """Room of the cache, from memory; also the probe of a mount's health."""
         space = self._engine.statfs()
         data = StatvfsData()
-        data.f_bsize = data.f_frsize = _PAGE
-        data.f_blocks = space.total_bytes // _PAGE
-        data.f_bfree = data.f_bavail = space.free_bytes // _PAGE
+        data.f_bsize = data.f_frsize = PAGE
+        data.f_blocks = space.total_bytes // PAGE
+        data.f_bfree = data.f_bavail = space.free_bytes // PAGE
         data.f_files = len(self._namespace)
         data.f_ffree = data.f_favail = 0
         data.f_namemax = 255
@@ -337,8 +368,9 @@ class WeightOperations(pyfuse3.Operations):
 
     @_guarded
     async def getxattr(self, inode: InodeT, name: bytes, _ctx: pyfuse3.RequestContext) -> bytes:
-        """`user.weightfs.{state,digest,cached,source}` of files."""
-        value = self._xattrs(self._node(inode)).get(_text(name))
+        """`user.weightfs.{state,digest,cached,source}` of what has a blob."""
+        node = self._node(inode)
+        value = extended(node, self._status(node)).get(_text(name))
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value.encode(errors="surrogateescape")
@@ -346,12 +378,15 @@ class WeightOperations(pyfuse3.Operations):
     @_guarded
     async def listxattr(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """Those that the file has."""
-        return [name.encode() for name in self._xattrs(self._node(inode))]
+        node = self._node(inode)
+        return [name.encode() for name in extended(node, self._status(node))]
 
     # --- helpers
 
     def _node(self, inode: int) -> Node:
         node = self._namespace.node(inode)
+        if node is None and self._browser is not None:
+            node = self._browser.directory(inode)
         if node is None:
             held = self._open.get(inode)
             if held is None:
@@ -359,7 +394,10 @@ class WeightOperations(pyfuse3.Operations):
             node = held.node
         return node
 
-    def _status(self, node: FileNode) -> Status | None:
+    def _status(self, node: Node) -> Status | None:
+        """Of its blob; None if it has none, or not any more."""
+        if not isinstance(node, FileNode | SliceNode):
+            return None
         try:
             return self._engine.blob_status(node.blob.id)
         except KeyError:  # removed while it is open
@@ -371,57 +409,8 @@ class WeightOperations(pyfuse3.Operations):
             return node.ino | DIRECT
         return node.ino
 
-    def _private_attributes(self, private: Private) -> EntryAttributes:
-        entry = EntryAttributes()
-        entry.st_ino = InodeT(private.ino)
-        entry.st_uid, entry.st_gid = self._uid, self._gid
-        entry.st_mode = ModeT(stat.S_IFREG | 0o400)
-        entry.st_size = len(private.content)
-        entry.entry_timeout = 0.0
-        entry.attr_timeout = COMPLETE_TIMEOUT
-        return entry
-
     def _attributes(self, node: Node, ino: int) -> EntryAttributes:
-        entry = EntryAttributes()
-        entry.st_ino = InodeT(ino)
-        entry.st_uid, entry.st_gid = self._uid, self._gid
-        entry.entry_timeout = ENTRY_TIMEOUT
-        entry.attr_timeout = INCOMPLETE_TIMEOUT
-        entry.st_blksize = _PAGE
-        changed = self._changed_at
-        match node:
-            case FileNode(blob=blob):
-                status = self._status(node)
-                entry.st_mode = ModeT(stat.S_IFREG | 0o444)
-                entry.st_nlink = node.links
-                entry.st_size = blob.size
-                present = 0 if status is None else min(status.present_bytes, blob.size)
-                # Never 0 for a file with content: `tar -S` would archive zeros without reading.
-                entry.st_blocks = max(1 if blob.size else 0, -(-present // _PAGE)) * (_PAGE // _BLOCK)
-                if status is not None:
-                    changed = status.mtime
-                    if status.complete:
-                        entry.attr_timeout = COMPLETE_TIMEOUT
-            case LinkNode(target=target):
-                entry.st_mode = ModeT(stat.S_IFLNK | 0o777)
-                entry.st_size = len(_raw(target))
-            case DirNode(subdirectories=subdirectories):
-                entry.st_mode = ModeT(stat.S_IFDIR | 0o555)
-                entry.st_nlink = 2 + subdirectories
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = changed * 1_000_000_000
-        return entry
-
-    def _xattrs(self, node: Node) -> dict[str, str]:
-        status = self._status(node) if isinstance(node, FileNode) else None
-        if status is None:
-            return {}
-        values = {
-            "state": str(status.trust),
-            "digest": f"sha256:{status.sha256}" if status.sha256 else "",
-            "cached": str(status.present_bytes),
-            "source": "\n".join(status.sources),
-        }
-        return {XATTR_PREFIX + name: value for name, value in values.items() if value}
+        return self._about.of(node, ino, self._status(node))
 
 
 async def _refuse_write(_self: WeightOperations, *_args: object) -> NoReturn:

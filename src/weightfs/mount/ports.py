@@ -1,6 +1,7 @@
 """What the mount needs of an engine: `weightfs.engine.engine.Engine` has it, and `weightfs.testing`'s fake.
 
-Everything but `read` answers from memory, at once: metadata never waits for a disk or for the network.
+Everything but `read` and `browse` answers from memory, at once: metadata never waits for a disk or for the network,
+unless somebody asked for browsing, and then only the lookup of a name that nobody asked about yet.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Protocol
 
 from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import BlobId, Manifest
+from weightfs.core.ref import Ref
 
 
 class Status(Protocol):
@@ -24,8 +26,6 @@ class Status(Protocol):
     def trust(self) -> str: ...  # noqa: D102 - a `Trust`
     @property
     def complete(self) -> bool: ...  # noqa: D102 - every chunk is cached
-    @property
-    def sha256(self) -> str: ...  # noqa: D102 - 64 hex digits, or "" where no origin publishes it
     @property
     def sources(self) -> Sequence[str]: ...  # noqa: D102 - URLs without secrets
     @property
@@ -68,6 +68,10 @@ class MountedEngine(Protocol):
 
     async def read(self, id: BlobId, span: ByteSpan, /) -> bytes:  # noqa: A002 - the contract's name
         """Exactly the bytes of `span` (inside the blob). ReadError; bounded by the engine's read timeout."""
+        ...
+
+    async def browse(self, ref: Ref, /) -> None:
+        """Pin `ref`, which a path names; `manifests()` has it when this returns. WeightfsError; may be cancelled."""
         ...
 
     def manifests(self) -> Sequence[Manifest]:

@@ -22,6 +22,7 @@ import trio
 from weightfs.errors import MountError
 from weightfs.layouts.base import Layout
 from weightfs.mount import mounttable
+from weightfs.mount.browsing import Browser
 from weightfs.mount.inodes import Namespace
 from weightfs.mount.ops import WeightOperations
 from weightfs.mount.passthrough import Passthrough
@@ -82,7 +83,14 @@ async def serve(
     handover = Handover(connection)
     try:
         passthrough = Passthrough(lambda: handover.fd)
-        operations = WeightOperations(engine, _tree(engine, layouts), stats, handover.takeover, passthrough)
+        operations = WeightOperations(
+            engine,
+            _tree(engine, layouts),
+            stats,
+            handover.takeover,
+            passthrough,
+            _browser(engine, options),
+        )
         with _rebuilding(operations, engine, layouts):
             handover.attach(operations)
             session = _Session(connection, handover, operations, engine, options, passthrough)
@@ -92,6 +100,12 @@ async def serve(
         handover.close()
         with trio.CancelScope(shield=True), trio.move_on_after(mounttable.HELPER_TIMEOUT):
             await trio.to_thread.run_sync(_leave_nothing, connection, abandon_on_cancel=True)
+
+
+def _browser(engine: MountedEngine, options: MountOptions) -> Browser | None:
+    if not options.browse:
+        return None
+    return Browser(engine, ttl=options.browse_ttl, timeout=options.browse_timeout)
 
 
 def _tree(engine: MountedEngine, layouts: Sequence[Layout]) -> Namespace:

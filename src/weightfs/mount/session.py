@@ -89,6 +89,9 @@ class MountOptions:
     max_tasks: int = 2048  # requests that may wait at once; pyfuse3's own 99 let blocked reads stall stat
     unmount_timeout: float = 2.0  # seconds to wait for a busy mount at the end, before it is detached
     passthrough: bool = True  # where it can be had: see `passthrough`
+    browse: bool = False  # naming a path below `models/` pins what it names: see `browsing`
+    browse_ttl: float = 60.0  # seconds for which an answer holds
+    browse_timeout: float = 10.0  # seconds that a lookup may wait
 
 
 @dataclass(frozen=True, slots=True)

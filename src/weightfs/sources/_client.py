@@ -6,6 +6,8 @@ Rules:
 - `Authorization` and the user's headers go to the origin (scheme, host, port) they were meant for. Once a
   redirect has left it they are gone for the rest of the chain, even if it comes back: the way back was
   chosen by a stranger.
+- A 401 of a container registry's own origin is answered with a token (`_tokens`), and the request sent once
+  more; who asks sees only the second answer.
 - A public host may not redirect to a private address (`settings.private_hosts` lists exceptions), and
   https never to http. The addresses that were checked are those that are connected to: `Resolver`
   remembers them.
@@ -14,9 +16,10 @@ Rules:
 from __future__ import annotations
 
 import random
+import re
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -30,6 +33,7 @@ from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import _rules
 from weightfs.sources._connection import EndedError
 from weightfs.sources._stream import BulkBackend, TlsRefusedError, is_private, literal_address
+from weightfs.sources._tokens import MAX_TOKEN_BYTES, Tokens
 from weightfs.sources._transport import BulkTransport, body_of, client_context, proxy_for, translated
 from weightfs.sources.base import FetchSettings
 
@@ -38,7 +42,10 @@ RETRY_DELAY_CAP = 30.0
 DRAIN_BYTES = 16 * 1024  # the body of a redirect or error worth reading to keep its connection
 USER_AGENT = f"weightfs/{__version__}"
 
+_HTTP = re.compile("https?://")
+
 Headers = Sequence[tuple[str, str]]
+Ask = Callable[[str, httpx.URL, Headers, Headers], Awaitable[httpx.Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +105,10 @@ class HttpClient:
         self._backend = backend or BulkBackend()
         self._context: ssl.SSLContext | None = None
         self._transports: dict[str | None, BulkTransport] = {}
+        self.tokens = Tokens(self._fetch_token, settings.docker_config)
         # Origins that get `settings.headers`: those configured, and those of the refs that were resolved
-        # here.
-        self._homes = {_rules.origin_of(url) for url in settings.header_origins}
+        # here. Refs of registries (hf://, ollama://) are named there too, and are no URLs.
+        self._homes = {_rules.origin_of(url) for url in settings.header_origins if _HTTP.match(url)}
 
     def own(self, url: str) -> None:
         """Let the user's headers go to the origin of `url`, the ref's own."""
@@ -109,11 +117,13 @@ class HttpClient:
     def secrets_for(self, url: httpx.URL, extra: Headers = ()) -> Headers:
         """The headers that only the origin of `url` may see."""
         settings, origin = self.settings, _rules.origin_of(url)
-        mine = (*(settings.headers if origin in self._homes else ()), *extra)
-        given = any(name.lower() == "authorization" for name, _ in mine)
+        mine = settings.headers if origin in self._homes else ()
+        given = any(name.lower() == "authorization" for name, _ in extra)
         if settings.hf_token and not given and origin == _rules.origin_of(settings.hf_endpoint):
-            return (*mine, ("Authorization", f"Bearer {settings.hf_token}"))
-        return mine
+            # An Authorization among the user's headers is for every host that was named, the token for this one.
+            others = [(name, value) for name, value in mine if name.lower() != "authorization"]
+            return (*others, *extra, ("Authorization", f"Bearer {settings.hf_token}"))
+        return (*mine, *extra)
 
     def now(self) -> datetime:
         """The wall clock's time, in UTC."""
@@ -129,8 +139,10 @@ class HttpClient:
             "pool": None,
         }
         base = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"}
+        given = {name.lower() for name, _ in headers}
+        defaults = [pair for pair in base.items() if pair[0].lower() not in given]
         try:
-            request = httpx.Request(method, url, headers=[*base.items(), *headers])
+            request = httpx.Request(method, url, headers=[*defaults, *headers])
             request.extensions = {"timeout": timeouts}
             with trio.fail_after(settings.connect_timeout + settings.timeout):
                 response = await self._transport(url).handle_async_request(request)
@@ -140,6 +152,25 @@ class HttpClient:
             raise translate(error, url) from error
         timeouts["read"] = None  # from here on the caller bounds each wait
         return response
+
+    async def ask(self, method: str, url: httpx.URL, headers: Headers, secrets: Headers) -> httpx.Response:
+        """As `send`, for the origin that `secrets` are for: a registry's challenge is answered, once."""
+        if any(name.lower() == "authorization" for name, _ in secrets):
+            return await self.send(method, url, [*headers, *secrets])
+        known = await self.tokens.known(url)
+        response = await self.send(method, url, [*headers, *secrets, *known])
+        if response.status_code != 401:
+            return response
+        try:
+            fresh = await self.tokens.answer(url, response.headers, known)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await response.aclose()
+            raise
+        if fresh is None:
+            return response
+        await self.discard(response)
+        return await self.send(method, url, [*headers, *secrets, *fresh])
 
     async def discard(self, response: httpx.Response) -> None:
         """Close a response of no more use; reads a small body to its end, so that the connection lives on."""
@@ -157,10 +188,18 @@ class HttpClient:
 
     async def chase(self, method: str, url: httpx.URL, headers: Headers, secrets: Headers) -> Answer:
         """A request, following redirects by hand. SourceError; REDIRECT for a chain that may not be."""
+        return await self._follow(self.ask, method, url, headers, secrets)
+
+    async def _follow(
+        self, ask: Ask, method: str, url: httpx.URL, headers: Headers, secrets: Headers
+    ) -> Answer:
+        """`chase`, with `ask` for as long as the way has not left its first origin."""
         seen = {str(url)}
         start, at_home = url, True
         for _ in range(MAX_REDIRECTS + 1):
-            response = await self.send(method, url, [*headers, *(secrets if at_home else ())])
+            response = await (
+                ask(method, url, headers, secrets) if at_home else self.send(method, url, headers)
+            )
             if response.status_code not in _rules.REDIRECTS:
                 return Answer(response, url, at_home)
             await self.discard(response)
@@ -225,6 +264,19 @@ class HttpClient:
         accept: frozenset[int],
     ) -> Reply:
         answer = await self.chase(method, url, headers, self.secrets_for(url, secrets))
+        return await self._read_reply(answer, url, limit, accept)
+
+    async def _fetch_token(self, registry: httpx.URL, realm: httpx.URL, secrets: Headers) -> bytes:
+        """What a token server answers. A challenge of its own is not answered: that could go on for ever."""
+        await self._check_address(registry, realm)
+
+        async def plainly(method: str, url: httpx.URL, headers: Headers, secrets: Headers) -> httpx.Response:
+            return await self.send(method, url, [*headers, *secrets])
+
+        answer = await self._follow(plainly, "GET", realm, (), secrets)
+        return (await self._read_reply(answer, realm, MAX_TOKEN_BYTES, frozenset({200}))).body
+
+    async def _read_reply(self, answer: Answer, url: httpx.URL, limit: int, accept: frozenset[int]) -> Reply:
         if answer.status not in accept:
             await self.discard(answer.response)
             error = _rules.status_failure(answer.status, answer.headers, answer.url, self.now())

@@ -12,7 +12,6 @@ Rules:
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -105,6 +104,7 @@ def make_blob(
     origin_digest: bytes | None,
     settings: FetchSettings,
     version_url: str | None = None,
+    git_sha1: bytes | None = None,
 ) -> Blob:
     """The blob of a ref, from everything that is said about it. IntegrityError where that disagrees.
 
@@ -116,6 +116,7 @@ def make_blob(
         origin_digest: the SHA-256 that the origin's headers say, if they do.
         settings: `policy` may demand trust.
         version_url: names a blob without a digest, together with size and validator; by default `ref.url`.
+        git_sha1: git's name of the content, which counts where nobody gives a SHA-256.
     """
     label = without_secrets(ref.url)
     digest = ref.sha256
@@ -127,20 +128,24 @@ def make_blob(
             raise ChunkListError(f"The chunk list of {label} is for {link.size} bytes, the file has {size}.")
         if digest is not None and link.sha256 not in (None, digest):
             raise ChunkListError(f"The chunk list of {label} is for a file of another SHA-256 than the ref.")
-        digest = digest or link.sha256
+        # A SHA-256 that nobody vouches for does not take the place of git's name, which the origin gave.
+        if git_sha1 is None or published.trusted:
+            digest = digest or link.sha256
     if digest is not None and origin_digest not in (None, digest):
         raise IntegrityError(f"{label} has another SHA-256 at its origin than was asked for or published.")
     digest = digest or origin_digest
-    _check_policy(label, published, digest, settings.policy)
+    _check_policy(label, published, digest or git_sha1, settings.policy)
     shape = BlobShape.of(size) if chunk_list is None else BlobShape(size, chunk_list.chunk_length)
-    if digest is None:
+    if digest is not None:
+        blob_id, git_sha1 = BlobId.of_digest(digest), None
+    elif git_sha1 is not None:
+        blob_id = BlobId.of_git(git_sha1, size)
+    else:
         if not own.validator:
             logger.warning("%s gives no digest, ETag or date: only its size tells versions apart", label)
         blob_id = BlobId.of_version(version_url or ref.url, size, own.validator)
-    else:
-        blob_id = BlobId.of_digest(digest)
     mirrors = _order(own, published.metalink.mirrors if published else ())
-    return Blob(blob_id, shape, digest, mirrors, chunk_list, settings.policy)
+    return Blob(blob_id, shape, digest, mirrors, chunk_list, settings.policy, git_sha1)
 
 
 def revision_of(blob: Blob) -> str:
@@ -149,17 +154,6 @@ def revision_of(blob: Blob) -> str:
         return f"sha256:{blob.sha256.hex()}"
     validator = next((mirror.validator for mirror in blob.mirrors if mirror.validator), "")
     return validator or f"size:{blob.size}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by name or address (W3C Secure Contexts, section 3.1)."""
-    host = host.strip("[]").lower().rstrip(".")
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_policy(label: str, published: Published | None, digest: bytes | None, policy: Policy) -> None:

@@ -136,7 +136,10 @@ class RangeReader:
             if route is None:
                 answer = await self._find(url, start, headers, mine)
                 break
-            response = await client.send("GET", route.url, [*headers, *(mine if route.at_home else ())])
+            if route.at_home:
+                response = await client.ask("GET", route.url, headers, mine)
+            else:
+                response = await client.send("GET", route.url, headers)
             answer = Answer(response, route.url, route.at_home)
             moved = answer.status in _rules.REDIRECTS
             if not refreshed and (moved or (route.redirected and answer.status in _rules.EXPIRED)):

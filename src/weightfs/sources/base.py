@@ -26,10 +26,9 @@ class FetchSettings:
     stall_timeout: float = 30.0  # no byte for so long ends a body
     retry: int = 5  # retries after the first attempt, of resolve requests
     retry_delay: float = 0.5  # base of the full-jitter back-off
-    proxy: str | None = None
-    headers: tuple[
-        tuple[str, str], ...
-    ] = ()  # sent to the ref's own host only, never after a redirect to another
+    proxy: str | None = field(default=None, repr=False)  # may hold a password
+    # Sent to the ref's own host only, never after a redirect to another.
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     ca_file: str | None = None
     private_hosts: tuple[
         str, ...

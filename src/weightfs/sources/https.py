@@ -81,7 +81,7 @@ class HttpsSource:
             settings=self._settings,
         )
         if document is not None and not document.explicit:
-            blob = blob.with_mirrors(_without_private(ref.url, blob.mirrors))
+            blob = blob.with_mirrors(without_private(ref.url, blob.mirrors))
         tree, name = tree_of(ref)
         return Manifest(str(ref), _published.revision_of(blob), tree, (Entry(name, blob),))
 
@@ -90,6 +90,12 @@ class HttpsSource:
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Stream `span` from `mirror`: see `Source.open_range`."""
         return self._reader.open(mirror, shape, span, whole=whole)
+
+    async def named_document(self, named: str, ref: Ref) -> _published.Document | None:
+        """The chunk list that the user named by `--chunks FILE|URL` for `ref`. SourceError, ChunkListError."""
+        if re.match(r"https?://", named):
+            return await self._fetch_document(named, ref, explicit=True)
+        return await read_document(Path(named.removeprefix("file://")), explicit=True)
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -132,11 +138,8 @@ class HttpsSource:
         return _Probe(size, answer.headers)
 
     async def _find_document(self, ref: Ref, probe: _Probe) -> _published.Document | None:
-        named = self._settings.chunks
-        if named is not None:
-            if re.match(r"https?://", named):
-                return await self._fetch_document(named, ref, explicit=True)
-            return await read_document(Path(named.removeprefix("file://")), explicit=True)
+        if self._settings.chunks is not None:
+            return await self.named_document(self._settings.chunks, ref)
         url = described_by(ref.url, probe.headers) or _sibling(ref.url, SUFFIX)
         return await self._fetch_document(url, ref, explicit=False)
 
@@ -155,7 +158,7 @@ class HttpsSource:
         signature = None
         if self._settings.trusted_keys and _published.looks_like_metalink(data):
             signature = await self._fetch_signature(_sibling(url, SIGNATURE_SUFFIX))
-        return _published.Document(data, label, explicit, _secure(url, reply), same_origin, signature)
+        return _published.Document(data, label, explicit, is_secure(url, reply), same_origin, signature)
 
     async def _fetch_signature(self, url: str) -> str | None:
         try:
@@ -257,19 +260,19 @@ def _means_none(error: SourceError) -> bool:
     )
 
 
-def _secure(url: str, reply: Reply) -> bool:
+def is_secure(url: str, reply: Reply) -> bool:
     """Whether nobody between the origin and here can have changed the reply."""
     asked = httpx.URL(url)
-    return all(place.scheme == "https" or _published.is_loopback(place.host) for place in (asked, reply.url))
+    return all(place.scheme == "https" or _rules.is_loopback(place.host) for place in (asked, reply.url))
 
 
-def _without_private(own: str, mirrors: tuple[Mirror, ...]) -> tuple[Mirror, ...]:
+def without_private(own: str, mirrors: tuple[Mirror, ...]) -> tuple[Mirror, ...]:
     """A list found at a public host may not send readers to this machine or its network by address."""
 
     def private(url: str) -> bool:
         host = httpx.URL(url).host
         literal = literal_address(host)
-        return _published.is_loopback(host) or (literal is not None and is_private(literal))
+        return _rules.is_loopback(host) or (literal is not None and is_private(literal))
 
     if private(own):
         return mirrors

@@ -130,18 +130,33 @@ class Cache:
         with self._index.read() as txn:
             return refs.every(txn)
 
+    def ref(self, ref: str) -> StoredRef | None:
+        """The ref of exactly this text."""
+        with self._index.read() as txn:
+            return refs.one(txn, ref)
+
+    def ref_names(self) -> list[str]:
+        """The texts of all refs, ordered: without their manifests, which may be large."""
+        with self._index.read() as txn:
+            return refs.names(txn)
+
     def put_ref(
         self, manifest: Manifest, *, now: int, in_use: Collection[BlobId] = frozenset()
     ) -> tuple[str, ...]:
         """Record a ref, its blobs and their lists in one synced transaction.
 
-        A ref that is known keeps its earlier revisions; a blob that is known is joined by the rules of
-        `store.merging`. Blobs `in_use`, and those that were prepared, keep their chunk length. Returns sentences about
-        what was not taken over as given. IntegrityError, ChunkListError.
+        A ref that is known keeps its earlier revisions, and stays pinned if it was; a blob that is known is joined by
+        the rules of `store.merging`. Blobs `in_use`, and those that were prepared, keep their chunk length. Returns
+        sentences about what was not taken over as given. IntegrityError, ChunkListError.
         """
         with self._changes, self._preparing:  # no file is prepared for a shape that is about to change
             fixed = self._prepared.union(in_use)
             return self._index.write(lambda txn: refs.put(txn, manifest, in_use=fixed, now=now))
+
+    def pin_ref(self, ref: str, *, pinned: bool) -> bool:
+        """Note that a ref is to be kept whole, or no longer. Whether the ref is known."""
+        with self._changes:
+            return self._index.write(lambda txn: refs.pin(txn, ref, pinned=pinned))
 
     def remove_ref(self, ref: str) -> list[BlobId]:
         """Forget a ref (nothing happens if it is unknown). Returns its blobs that no other ref names."""

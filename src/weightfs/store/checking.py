@@ -76,9 +76,17 @@ def _refs(txn: Txn, known: set[BlobId]) -> Iterator[str]:
         except RecordError as error:
             yield f"ref {key.hex()}: {error}"
             continue
-        for path, blob in record.entries:
-            if blob not in known:
-                yield f"ref {record.ref}: {path} names blob {blob}, which is not recorded"
+        for entry in record.entries:
+            if entry.blob not in known:
+                yield f"ref {record.ref}: {entry.path} names blob {entry.blob}, which is not recorded"
+        try:
+            txn.get_sealed("raw", key)
+        except RecordError as error:
+            yield f"ref {record.ref}: {error}"
+    refs = set(txn.keys("ref"))
+    for key in txn.keys("raw"):
+        if key not in refs:
+            yield f"the table raw has an entry for ref {key.hex()}, which is not recorded"
 
 
 def _strangers(txn: Txn, files: SparseFiles, known: set[BlobId]) -> Iterator[str]:

@@ -4,8 +4,9 @@ Tables, keys and values (`records.py` has the encodings; "sealed" is explained t
 
     meta   "format"           ASCII decimal; readable by every version of weightfs, past and future
            "state"            sealed JSON: epoch, clean, instance
-    ref    sha256(ref)        sealed JSON: ref, revision, tree, entries, added_at, previous revisions
-    blob   id[16]             sealed JSON: size, chunk_length, sha256, mirrors, policy, trust, list
+    ref    sha256(ref)        sealed JSON: ref, revision, tree, entries, added_at, previous revisions, pinned
+    raw    sha256(ref)        sealed: what the ref's origin said, byte for byte (at most `records.MAX_RAW`)
+    blob   id[16]             sealed JSON: size, chunk_length, sha256 or git_sha1, mirrors, policy, trust, list
     list   id[16]             sealed: 32 bytes per chunk of the published list
     chunk  id[16] ‖ u64be offset
                               u8 state (1 landed, 2 listed, 3 proven, 4 disk-bad, 5 suspect; | 0x80: bytes dropped,
@@ -42,7 +43,7 @@ from weightfs.store import probe
 from weightfs.store.records import RecordError, seal, unseal
 from weightfs.store.sparse import disk_errors, reserve, translate
 
-TABLES = ("meta", "ref", "blob", "list", "chunk", "bits", "run", "file", "doomed")
+TABLES = ("meta", "ref", "raw", "blob", "list", "chunk", "bits", "run", "file", "doomed")
 _MAP_SIZE = 1 << 28  # address space, not memory: 2 million chunk records before it must grow
 _MAX_MAP_SIZE = 1 << 42
 # Kept allocated past the end of data.mdb: on a full disk, dropping chunks still needs new pages (copy on write).

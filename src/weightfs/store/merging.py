@@ -2,7 +2,8 @@
 
 Rules, in this order:
 
-- Same id, other size or other SHA-256: refused (IntegrityError).
+- Same id, other size, other digest or another kind of digest: refused (IntegrityError). A digest that was not known
+  before is added.
 - Another chunk length: the new shape is taken if nothing is present, nothing was proven and nobody uses the old one
   in this session; else the old shape stays, and a new chunk list that does not fit it is left out.
 - A trusted list is never replaced by an untrusted or a different one; a list that contradicts a proven chunk is
@@ -44,9 +45,7 @@ def put_blob(txn: Txn, blob: Blob, *, shared: bool, in_use: bool) -> list[str]:
     if old.blob.shape != blob.shape:
         if not in_use and _is_blank(txn, old):
             ledger.forget_blob(txn, blob.id)
-            return put_blob(
-                txn, replace(blob, sha256=blob.sha256 or old.blob.sha256), shared=False, in_use=False
-            )
+            return put_blob(txn, _with_digest(blob, old.blob), shared=False, in_use=False)
         notes.append(
             f"blob {blob.id} keeps its chunk length of {old.blob.shape.chunk_length} bytes, which is in use; the "
             f"published list in pieces of {blob.shape.chunk_length} bytes takes effect after the model was removed "
@@ -62,7 +61,7 @@ def put_blob(txn: Txn, blob: Blob, *, shared: bool, in_use: bool) -> list[str]:
     if shared:
         mirrors = _join(blob.mirrors, old.blob.mirrors)
         policy = max(policy, old.blob.policy, key=_STRICTNESS.__getitem__)
-    fresh = replace(blob, mirrors=mirrors, policy=policy, sha256=blob.sha256 or old.blob.sha256)
+    fresh = _with_digest(replace(blob, mirrors=mirrors, policy=policy), old.blob)
     _write(txn, fresh, chosen, trust)
     return notes
 
@@ -80,8 +79,13 @@ def _check_same(old: Blob, new: Blob) -> None:
         raise IntegrityError(
             f"blob {new.id} has {old.size} bytes in the cache, but {new.size} where it is added from"
         )
-    if old.sha256 is not None and new.sha256 is not None and old.sha256 != new.sha256:
-        raise IntegrityError(f"blob {new.id} has another SHA-256 in the cache than where it is added from")
+    if old.digest and new.digest and old.digest != new.digest:
+        raise IntegrityError(f"blob {new.id} has another digest in the cache than where it is added from")
+
+
+def _with_digest(new: Blob, old: Blob) -> Blob:
+    """`new`, with the digest that `old` has if it brings none."""
+    return new if new.digest else replace(new, sha256=old.sha256, git_sha1=old.git_sha1)
 
 
 def _is_blank(txn: Txn, old: BlobRecord) -> bool:

@@ -32,9 +32,19 @@ from weightfs.store.sparse import SparseFiles, disk_errors
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+
+
+def _to_2(_: Txn) -> None:
+    """What format 1 wrote is read as it is; a ref that it pinned has no `raw`, until it is asked for again.
+
+    The number was raised because a weightfs of format 1 would not see git's digests and call such blobs unverifiable,
+    would leave the manifest of an older revision in the table `raw`, and would take a file inside a tar for damage.
+    """
+
+
 # From the format that is the key to the next one. Each is run in the transaction that opens the cache.
-MIGRATIONS: Mapping[int, Callable[[Txn], None]] = {}
+MIGRATIONS: Mapping[int, Callable[[Txn], None]] = {1: _to_2}
 _MAX_EPOCH = (
     0xFFFF  # u16 in the chunk records; then it begins again, and the bitmaps alone say what is suspect
 )

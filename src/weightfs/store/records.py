@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 from weightfs.core.chunkset import ChunkSet
-from weightfs.core.geometry import BlobShape
+from weightfs.core.geometry import BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId, ChunkList, Entry, Manifest, Mirror, Policy, Trust, check_path
 
 _SEAL = 8
@@ -27,6 +27,8 @@ _COUNT = struct.Struct(">I")
 _FILE = struct.Struct(">QQqq")
 _ABSENT = 0x80  # in the state byte
 MAX_PREVIOUS = 32  # revisions remembered per ref
+# What an origin said may have 16 MiB in a registry; a Hub's list of 300,000 files has about 200 bytes for each.
+MAX_RAW = 64 << 20
 
 T = TypeVar("T")
 
@@ -85,19 +87,29 @@ class BlobRecord:
         """The state before the whole digest was compared."""
         if self.list_trusted:
             return Trust.ATTESTED
-        return Trust.UNVERIFIABLE if self.blob.sha256 is None else Trust.PROVISIONAL
+        return Trust.PROVISIONAL if self.blob.digest else Trust.UNVERIFIABLE
+
+
+@dataclass(frozen=True, slots=True)
+class EntryRecord:
+    """One path of a ref; `span` as in `core.manifest.Entry`."""
+
+    path: str
+    blob: BlobId
+    span: ByteSpan | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RefRecord:
-    """A ref's manifest, its blobs by id."""
+    """A ref's manifest, its blobs by id. What its origin said byte for byte is in a table of its own."""
 
     ref: str
     revision: str
     tree: str
-    entries: tuple[tuple[str, BlobId], ...]
+    entries: tuple[EntryRecord, ...]
     added_at: int
     previous: tuple[str, ...]  # earlier revisions, the latest first
+    pinned: bool = False  # somebody wants it whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,39 +225,41 @@ def decode_file(payload: bytes) -> FileMark:
     return FileMark(*_FILE.unpack(payload))
 
 
-# Blobs and refs: JSON, because people look at them when something is wrong
+# Blobs and refs: JSON, because people look at them when something is wrong. A key that format 1 did not have is
+# written only where it says something, and may be missing.
 
 
 def encode_blob(record: BlobRecord) -> bytes:
     """Everything but the id (the key) and the list's digests."""
     blob = record.blob
-    return _dump(
-        {
-            "size": blob.size,
-            "chunk_length": blob.shape.chunk_length,
-            "sha256": None if blob.sha256 is None else blob.sha256.hex(),
-            "mirrors": [[mirror.url, mirror.priority, mirror.validator] for mirror in blob.mirrors],
-            "policy": blob.policy.value,
-            "trust": record.trust.value,
-            "list": None if record.list_trusted is None else [record.list_trusted, record.list_signer],
-        }
-    )
+    fields: dict[str, object] = {
+        "size": blob.size,
+        "chunk_length": blob.shape.chunk_length,
+        "sha256": None if blob.sha256 is None else blob.sha256.hex(),
+        "mirrors": [[mirror.url, mirror.priority, mirror.validator] for mirror in blob.mirrors],
+        "policy": blob.policy.value,
+        "trust": record.trust.value,
+        "list": None if record.list_trusted is None else [record.list_trusted, record.list_signer],
+    }
+    if blob.git_sha1 is not None:
+        fields["git_sha1"] = blob.git_sha1.hex()
+    return _dump(fields)
 
 
 def decode_blob(blob: BlobId, payload: bytes) -> BlobRecord:
     """RecordError."""
     fields = _load(payload, "blob")
     try:
-        sha256 = None if fields["sha256"] is None else bytes.fromhex(_typed(fields["sha256"], str))
-        if sha256 is not None and len(sha256) != 32:
-            raise ValueError("a SHA-256 has 32 bytes")
+        sha256, git_sha1 = _digest(fields["sha256"], 32), _digest(fields.get("git_sha1"), 20)
+        if sha256 is not None and git_sha1 is not None:
+            raise ValueError("a blob has one digest of the whole")
         mirrors = tuple(
             Mirror(_typed(url, str), _typed(priority, int), _typed(validator, str))
             for url, priority, validator in _typed(fields["mirrors"], list)
         )
         trusted, signer = (None, "") if fields["list"] is None else fields["list"]
         shape = BlobShape(_typed(fields["size"], int), _typed(fields["chunk_length"], int))
-        found = Blob(blob, shape, sha256, mirrors, None, Policy(fields["policy"]))
+        found = Blob(blob, shape, sha256, mirrors, None, Policy(fields["policy"]), git_sha1)
         return BlobRecord(
             found,
             Trust(fields["trust"]),
@@ -270,16 +284,22 @@ def ref_key(ref: str) -> bytes:
 
 def encode_ref(record: RefRecord) -> bytes:
     """JSON."""
-    return _dump(
-        {
-            "ref": record.ref,
-            "revision": record.revision,
-            "tree": record.tree,
-            "entries": [[path, str(blob)] for path, blob in record.entries],
-            "added_at": record.added_at,
-            "previous": list(record.previous),
-        }
-    )
+    fields: dict[str, object] = {
+        "ref": record.ref,
+        "revision": record.revision,
+        "tree": record.tree,
+        "entries": [_encode_entry(entry) for entry in record.entries],
+        "added_at": record.added_at,
+        "previous": list(record.previous),
+    }
+    if record.pinned:
+        fields["pinned"] = True
+    return _dump(fields)
+
+
+def _encode_entry(entry: EntryRecord) -> list[object]:
+    span = () if entry.span is None else (entry.span.start, entry.span.stop)  # an empty one is falsy
+    return [entry.path, str(entry.blob), *span]
 
 
 def decode_ref(payload: bytes) -> RefRecord:
@@ -290,21 +310,44 @@ def decode_ref(payload: bytes) -> RefRecord:
             ref=_typed(fields["ref"], str),
             revision=_typed(fields["revision"], str),
             tree=check_path(_typed(fields["tree"], str)),
-            entries=tuple(
-                (check_path(_typed(path, str)), BlobId.from_hex(_typed(blob, str)))
-                for path, blob in _typed(fields["entries"], list)
-            ),
+            entries=tuple(_decode_entry(*entry) for entry in _typed(fields["entries"], list)),
             added_at=_typed(fields["added_at"], int),
             previous=tuple(_typed(revision, str) for revision in _typed(fields["previous"], list)),
+            pinned=_typed(fields.get("pinned", False), bool),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"the record of a ref is malformed: {error}") from error
 
 
-def manifest_of(record: RefRecord, blobs: Sequence[Blob]) -> Manifest:
-    """The manifest again, given the blobs of its entries in order."""
-    entries = tuple(Entry(path, blob) for (path, _), blob in zip(record.entries, blobs, strict=True))
-    return Manifest(record.ref, record.revision, record.tree, entries)
+def _decode_entry(path: object, blob: object, *span: object) -> EntryRecord:
+    if len(span) not in (0, 2):
+        raise ValueError("an entry's span has two ends")
+    bounds = [_typed(end, int) for end in span]
+    return EntryRecord(
+        check_path(_typed(path, str)),
+        BlobId.from_hex(_typed(blob, str)),
+        ByteSpan(*bounds) if bounds else None,
+    )
+
+
+def manifest_of(record: RefRecord, blobs: Sequence[Blob], raw: bytes = b"") -> Manifest:
+    """The manifest again, given the blobs of its entries in order, and what the origin said. RecordError."""
+    entries = tuple(
+        Entry(entry.path, blob, entry.span) for entry, blob in zip(record.entries, blobs, strict=True)
+    )
+    for entry in entries:
+        if entry.span is not None and entry.span.stop > entry.blob.size:
+            raise RecordError(f"{record.ref} names bytes past the end of blob {entry.blob.id}")
+    return Manifest(record.ref, record.revision, record.tree, entries, raw)
+
+
+def _digest(text: object, length: int) -> bytes | None:
+    if text is None:
+        return None
+    digest = bytes.fromhex(_typed(text, str))
+    if len(digest) != length:
+        raise ValueError(f"a digest of {length} bytes expected")
+    return digest
 
 
 def _dump(fields: dict[str, object]) -> bytes:

@@ -1,9 +1,13 @@
-"""Refs in the index: what each is pinned to, and what it was pinned to before."""
+"""Refs in the index: what each is pinned to, and what it was pinned to before.
+
+What the origin said byte for byte (`Manifest.raw`) has a table of its own, so that it is read with the manifests only,
+and not wherever somebody asks which blobs are named.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weightfs.core.manifest import Blob, BlobId, Manifest, check_path
 from weightfs.errors import IntegrityError
@@ -11,6 +15,8 @@ from weightfs.store import ledger, merging
 from weightfs.store.index import Txn
 from weightfs.store.records import (
     MAX_PREVIOUS,
+    MAX_RAW,
+    EntryRecord,
     RecordError,
     RefRecord,
     decode_ref,
@@ -22,37 +28,48 @@ from weightfs.store.records import (
 
 @dataclass(frozen=True, slots=True)
 class StoredRef:
-    """A ref as it was pinned. `added_at` is in Unix seconds; `previous` are earlier revisions, the latest first."""
+    """A ref as it is known. `added_at` is in Unix seconds; `previous` are earlier revisions, the latest first.
+
+    `pinned`: it is to be kept whole.
+    """
 
     manifest: Manifest
     added_at: int
     previous: tuple[str, ...]
+    pinned: bool = False
 
 
 def every(txn: Txn) -> list[StoredRef]:
     """Every ref, ordered by its text. RecordError."""
     blobs: dict[BlobId, Blob] = {}
-    found = [
-        StoredRef(
-            manifest_of(record, [_entry_blob(txn, blob, blobs) for _, blob in record.entries]),
-            record.added_at,
-            record.previous,
-        )
-        for record in ledger.ref_records(txn)
-    ]
+    found = [_stored(txn, record, blobs) for record in ledger.ref_records(txn)]
     return sorted(found, key=lambda stored: stored.manifest.ref)
+
+
+def one(txn: Txn, ref: str) -> StoredRef | None:
+    """The ref of exactly this text. RecordError."""
+    record = _record(txn, ref)
+    return None if record is None else _stored(txn, record, {})
+
+
+def names(txn: Txn) -> list[str]:
+    """The texts of all refs, ordered. RecordError."""
+    return sorted(record.ref for record in ledger.ref_records(txn))
 
 
 def named(txn: Txn) -> set[BlobId]:
     """The blobs that some ref names. RecordError."""
-    return {blob for record in ledger.ref_records(txn) for _, blob in record.entries}
+    return {entry.blob for record in ledger.ref_records(txn) for entry in record.entries}
 
 
 def put(txn: Txn, manifest: Manifest, *, in_use: Collection[BlobId], now: int) -> tuple[str, ...]:
     """See `Cache.put_ref`. `in_use`: blobs whose shape somebody counts on in this session."""
     _check(manifest)
     elsewhere = {
-        blob for record in ledger.ref_records(txn) if record.ref != manifest.ref for _, blob in record.entries
+        entry.blob
+        for record in ledger.ref_records(txn)
+        if record.ref != manifest.ref
+        for entry in record.entries
     }
     notes: list[str] = []
     for entry in manifest.entries:
@@ -60,9 +77,7 @@ def put(txn: Txn, manifest: Manifest, *, in_use: Collection[BlobId], now: int) -
         notes += merging.put_blob(txn, blob, shared=blob.id in elsewhere, in_use=blob.id in in_use)
         elsewhere.add(blob.id)  # the same content under two paths has the mirrors of both
         txn.delete("doomed", blob.id.raw)
-    key = ref_key(manifest.ref)
-    payload = txn.get_sealed("ref", key)
-    old = None if payload is None else decode_ref(payload)
+    old = _record(txn, manifest.ref)
     previous = () if old is None else old.previous
     if old is not None and old.revision != manifest.revision:
         previous = (old.revision, *previous)[:MAX_PREVIOUS]
@@ -70,22 +85,48 @@ def put(txn: Txn, manifest: Manifest, *, in_use: Collection[BlobId], now: int) -
         ref=manifest.ref,
         revision=manifest.revision,
         tree=manifest.tree,
-        entries=tuple((entry.path, entry.blob.id) for entry in manifest.entries),
+        entries=tuple(EntryRecord(entry.path, entry.blob.id, entry.span) for entry in manifest.entries),
         added_at=now if old is None else old.added_at,
         previous=previous,
+        pinned=old is not None and old.pinned,
     )
+    key = ref_key(manifest.ref)
     txn.put_sealed("ref", key, encode_ref(record))
+    if manifest.raw:
+        txn.put_sealed("raw", key, manifest.raw)
+    else:
+        txn.delete("raw", key)
     return tuple(notes)
+
+
+def pin(txn: Txn, ref: str, *, pinned: bool) -> bool:
+    """See `Cache.pin_ref`."""
+    record = _record(txn, ref)
+    if record is None:
+        return False
+    txn.put_sealed("ref", ref_key(ref), encode_ref(replace(record, pinned=pinned)))
+    return True
 
 
 def remove(txn: Txn, ref: str) -> list[BlobId]:
     """See `Cache.remove_ref`."""
-    payload = txn.get_sealed("ref", ref_key(ref))
-    if payload is None:
+    record = _record(txn, ref)
+    if record is None:
         return []
-    txn.delete("ref", ref_key(ref))
-    mine = {blob for _, blob in decode_ref(payload).entries}
-    return sorted(mine - named(txn))
+    for table in ("ref", "raw"):
+        txn.delete(table, ref_key(ref))
+    return sorted({entry.blob for entry in record.entries} - named(txn))
+
+
+def _record(txn: Txn, ref: str) -> RefRecord | None:
+    payload = txn.get_sealed("ref", ref_key(ref))
+    return None if payload is None else decode_ref(payload)
+
+
+def _stored(txn: Txn, record: RefRecord, known: dict[BlobId, Blob]) -> StoredRef:
+    blobs = [_entry_blob(txn, entry.blob, known) for entry in record.entries]
+    raw = txn.get_sealed("raw", ref_key(record.ref)) or b""
+    return StoredRef(manifest_of(record, blobs, raw), record.added_at, record.previous, record.pinned)
 
 
 def _check(manifest: Manifest) -> None:
@@ -95,6 +136,18 @@ def _check(manifest: Manifest) -> None:
             check_path(path)
         except ValueError as error:
             raise IntegrityError(f"{manifest.ref} names the path {path[:100]!r}: {error}") from error
+    for entry in manifest.entries:
+        if entry.blob.sha256 is not None and entry.blob.git_sha1 is not None:
+            raise IntegrityError(f"{manifest.ref} gives two kinds of digest for {entry.path}")
+        if entry.span is not None and entry.span.stop > entry.blob.size:
+            raise IntegrityError(
+                f"{manifest.ref} says that {entry.path} goes on after the end of the file that holds it"
+            )
+    if len(manifest.raw) > MAX_RAW:
+        raise IntegrityError(
+            f"the manifest or file list of {manifest.ref} has {len(manifest.raw)} bytes, and {MAX_RAW} can be kept: "
+            "name fewer of its files"
+        )
 
 
 def _entry_blob(txn: Txn, blob: BlobId, known: dict[BlobId, Blob]) -> Blob:

@@ -24,6 +24,17 @@ class FakeStored:
     manifest: Manifest
     added_at: int = 1_700_000_000
     previous: tuple[str, ...] = ()
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FakeUpdate:
+    """`control.ports.RefUpdateLike`."""
+
+    ref: str
+    old_revision: str = "1"
+    new_revision: str = "2"
+    outcome: str = "updated"
 
 
 @dataclass(slots=True)
@@ -35,6 +46,7 @@ class FakeBlobStatus:
     trust: str = Trust.PROVISIONAL
     complete: bool = False
     sha256: str = ""
+    digest: str = ""
     sources: tuple[str, ...] = ()
 
 
@@ -75,24 +87,45 @@ class FakeControlEngine:
     report: FakeReport = field(default_factory=FakeReport)
     padding: str = ""  # makes the status as large as a test wants it
     refreshed: list[bool] = field(default_factory=list)
+    outcome: str = "updated"  # of the next updates
+    forget_to_answer: bool = False  # whoever asks an origin waits for ever
 
     def _fail(self) -> None:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
 
+    async def _ask_origin(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.forget_to_answer:
+            await trio.sleep_forever()
+
     async def add(self, ref: Ref, *, refresh: bool = False) -> Manifest:
         """Pin a made-up blob."""
-        await trio.lowlevel.checkpoint()
+        await self._ask_origin()
         self._fail()
         self.refreshed.append(refresh)
-        tree, name = tree_of(ref)
+        tree, name = tree_of(ref) if ref.scheme in ("http", "https", "file") else (ref.scheme, "model")
         digest = hashlib.sha256(str(ref).encode()).digest()
         blob = Blob(BlobId.of_digest(digest), BlobShape.of(self.size), digest, (Mirror(ref.url),))
         manifest = Manifest(str(ref), "1", tree, (Entry(name, blob),))
         self.stored[str(ref)] = FakeStored(manifest)
-        self.blobs[blob.id] = FakeBlobStatus(self.size, sha256=digest.hex(), sources=(ref.url,))
+        self.blobs[blob.id] = FakeBlobStatus(
+            self.size, sha256=digest.hex(), digest=blob.digest, sources=(ref.url,)
+        )
         return manifest
+
+    async def update(self, ref_text: str) -> FakeUpdate:
+        """Say that it was `outcome`."""
+        await self._ask_origin()
+        self._fail()
+        return FakeUpdate(ref_text, outcome=self.outcome)
+
+    async def pin(self, ref_text: str, *, pinned: bool) -> None:
+        """Note it."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        self.stored[ref_text].pinned = pinned
 
     async def remove(self, ref_text: str) -> int:
         """Forget."""
@@ -125,6 +158,19 @@ class FakeControlEngine:
         await self.gate.wait()
         self._fail()
         return self.report
+
+    async def details(self, ref_text: str, *, fetch: bool = False) -> dict[str, Any]:
+        """Of one model; `fetch` comes back as its number of tensors."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        model = {"name": "m.gguf", "info": {"format": "gguf", "tensor_count": int(fetch)}, "files": []}
+        return {"ref": ref_text, "models": [model], "files": []}
+
+    async def tensor_map(self, ref_text: str, *, layers: bool = False, fetch: bool = False) -> dict[str, Any]:
+        """What was asked for."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        return {"ref": ref_text, "by": "layer" if layers else "tensor", "files": [], "fetch": fetch}
 
     def status(self) -> dict[str, Any]:
         """A small part of the engine's."""

@@ -2,13 +2,13 @@
 
 Files are made up from their names, so that a client in another process knows what bytes to expect:
 byte `i` of a file is byte `i % 65521` of a block that follows from its name (`pattern`). 65,521 is a prime:
-no two aligned reads look alike.
+no two aligned reads look alike. Beside them there may be manifests with real bytes (`put`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import trio
 
 from weightfs.core.geometry import BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror, Trust
-from weightfs.errors import FailureKind, ReadError
+from weightfs.core.ref import Ref
+from weightfs.errors import FailureKind, ReadError, SourceError
 
 PERIOD = 65_521
 TREE = "https/fake.example"
@@ -38,7 +39,6 @@ class FakeStatus:
     present_bytes: int
     trust: Trust
     complete: bool
-    sha256: str
     sources: tuple[str, ...]
     ref: str
     mtime: int
@@ -66,9 +66,12 @@ class FakeFile:
     reads: list[ByteSpan] = field(default_factory=list)
     handles: int = 0
     path: Path | None = None
+    content: bytes | None = None  # instead of the pattern
 
     def bytes_of(self, span: ByteSpan) -> bytes:
         """The file's bytes."""
+        if self.content is not None:
+            return self.content[span.start : span.stop]
         first = span.start // PERIOD * PERIOD
         count = -(-(span.stop - first) // PERIOD)
         return (self.block * count)[span.start - first : span.stop - first]
@@ -90,6 +93,10 @@ class FakeEngine:
         self.mtime = 1_700_000_000
         self._by_id: dict[BlobId, FakeFile] = {}
         self._ending = trio.Event()
+        self._others: dict[str, Manifest] = {}
+        self.offers: dict[str, Callable[[], None] | Exception] = {}  # what an origin has, or says instead
+        self.asked: list[str] = []  # of origins, in order
+        self.browsing: trio.Event | None = None  # answers about names wait for it
 
     # --- the test's side
 
@@ -107,6 +114,27 @@ class FakeEngine:
             self.files[name] = self._by_id[blob.id] = FakeFile(name, blob, block, int(size * present))
             if present == 1.0:
                 self._keep(self.files[name])
+        self.on_change()
+
+    def put(self, manifest: Manifest, contents: Mapping[BlobId, bytes], *, present: float = 0.0) -> None:
+        """Pin a manifest of any scheme. Its files are named `<tree>/<path>` here; a blob is one file, the first."""
+        for entry in manifest.entries:
+            blob = entry.blob
+            if blob.id in self._by_id:
+                continue
+            data = contents[blob.id]
+            assert len(data) == blob.size
+            name = f"{manifest.tree}/{entry.path}"
+            file = FakeFile(name, blob, b"", int(blob.size * present), content=data)
+            self.files[name] = self._by_id[blob.id] = file
+            if present == 1.0:
+                self._keep(file)
+        self._others[manifest.ref] = manifest
+        self.on_change()
+
+    def unpin(self, ref: str) -> None:
+        """Forget a manifest that was put; its bytes stay known."""
+        del self._others[ref]
         self.on_change()
 
     def complete(self, name: str) -> None:
@@ -154,9 +182,9 @@ class FakeEngine:
     # --- the mount's side
 
     def manifests(self) -> tuple[Manifest, ...]:
-        """One manifest with every file."""
-        entries = tuple(Entry(file.name, file.blob) for file in self.files.values())
-        return (Manifest("https://fake.example/", "1", TREE, entries),)
+        """One manifest with every made-up file, and those that were put."""
+        entries = tuple(Entry(file.name, file.blob) for file in self.files.values() if file.content is None)
+        return (Manifest("https://fake.example/", "1", TREE, entries), *self._others.values())
 
     def blob_status(self, id: BlobId) -> FakeStatus:  # noqa: A002 - the contract's name
         """As told by `add`."""
@@ -164,10 +192,9 @@ class FakeEngine:
         size = file.blob.size
         complete = file.present == size
         trust = Trust.VERIFIED if complete else Trust.PROVISIONAL
-        digest = file.blob.sha256.hex() if file.blob.sha256 else ""
         sources = tuple(mirror.url for mirror in file.blob.mirrors)
         return FakeStatus(
-            id, size, file.present, trust, complete, digest, sources, "https://fake.example/", self.mtime
+            id, size, file.present, trust, complete, sources, "https://fake.example/", self.mtime
         )
 
     def backing(self, id: BlobId) -> Path | None:  # noqa: A002 - the contract's name
@@ -184,6 +211,20 @@ class FakeEngine:
         """Count handles."""
         if id in self._by_id:
             self._by_id[id].handles -= 1
+
+    async def browse(self, ref: Ref) -> None:
+        """Pin what is offered, once `browsing` allows it. SourceError if nothing is."""
+        self.asked.append(str(ref))
+        if self.browsing is not None:
+            await self.browsing.wait()
+        offer = self.offers.get(str(ref))
+        match offer:
+            case None:
+                raise SourceError(f"there is no {ref}", kind=FailureKind.NOT_FOUND)
+            case Exception():
+                raise offer
+            case _:
+                offer()
 
     async def read(self, id: BlobId, span: ByteSpan) -> bytes:  # noqa: A002 - the contract's name
         """Wait, fail or give bytes, as the file is told to."""

@@ -17,12 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from weightfs.mount import mounttable
-from weightfs.testing.fake_engine import PERIOD, TREE, FakeEngine, pattern
+from weightfs.testing.fake_engine import PERIOD, TREE, pattern
 
 DEADLINE = 15.0  # seconds; a hang becomes a failure, nothing is measured
 NOBODY = 65534
@@ -87,7 +87,8 @@ def until(condition: Callable[[], object], what: str) -> None:
 class FakeMount:
     """A served mount. Files are given as `{name: size}`; see `FakeEngine`. Use as a context manager.
 
-    `sabotage` is Python that the server runs before it serves.
+    `sabotage` is Python that the server runs before it serves. With `every_layout` there are the trees of all three
+    layouts, else `models` alone.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class FakeMount:
         ordinary_user: bool = False,
         options: dict[str, object] | None = None,
         rounds: int = 1,
+        every_layout: bool = False,
     ) -> None:
         self.mountpoint = mountpoint
         self._clients: list[subprocess.Popen[str]] = []
@@ -115,9 +117,10 @@ class FakeMount:
                 "sabotage": sabotage,
                 "options": options or {},
                 "rounds": rounds,
+                "every_layout": every_layout,
             }
         )
-        command = ["-m", "weightfs.testing.mounts", config]
+        command = ["-m", "weightfs.testing.fake_server", config]
         if ordinary_user:
             os.chown(mountpoint, NOBODY, NOBODY)
             unshare = [
@@ -169,7 +172,7 @@ class FakeMount:
         return self
 
     def call(self, do: str, **arguments: object) -> dict[str, Any]:
-        """Send a command and wait for its answer; see `_Server.command`. The way does not lead through the mount."""
+        """Send a command (`fake_server.Server.command`) and wait for its answer. The way is not through the mount."""
         self.tell(do, **arguments)
         answer = self._receive()
         assert "failed" not in answer, f"{answer}\n{self.log}"
@@ -224,20 +227,29 @@ class FakeMount:
             str(self.mountpoint),
             *map(str, arguments),
         ]
-        client = subprocess.Popen(  # noqa: S603 - our own interpreter
-            command,
+        return self.command(command, talk=talk)
+
+    def command(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, talk: bool = False
+    ) -> subprocess.Popen[str]:
+        """Start any program; `close` will kill it if it still runs."""
+        client = subprocess.Popen(  # noqa: S603 - the test's own
+            argv,
             stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=env,
         )
         self._clients.append(client)
         return client
 
-    def finish(self, client: subprocess.Popen[str], say: str | None = None) -> str:
+    def finish(
+        self, client: subprocess.Popen[str], say: str | None = None, *, deadline: float = DEADLINE
+    ) -> str:
         """Wait for a client, `say` something to it first; what it printed. AssertionError if it fails or hangs."""
         try:
-            out, err = client.communicate(say, timeout=DEADLINE)
+            out, err = client.communicate(say, timeout=deadline)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"a client hangs\n{self.log}") from None
         assert client.returncode == 0, f"exit {client.returncode}: {err}\n{self.log}"
@@ -290,159 +302,3 @@ def fusectl() -> Iterator[Path]:
             yield Path(place)
         finally:
             subprocess.run(["umount", place], check=True)  # noqa: S603, S607 - util-linux
-
-
-class _Server:
-    """The server process: `serve`, and commands from standard input."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        from weightfs.mount.stats import MountStats
-
-        self.config = config
-        self.engine = FakeEngine()
-        self.stats = MountStats()
-        self.beats = 0
-        self.busy = 0.0
-
-    async def main(self) -> int:
-        """Serve as many rounds as wanted; the last word is how the last one ended."""
-        before = _open_fds()
-        answer: dict[str, Any] = {}
-        for _ in range(self.config["rounds"]):
-            answer = await self._serve()
-        answer["leaked_fds"] = _open_fds() - before
-        _say(answer)
-        return 0
-
-    async def _serve(self) -> dict[str, Any]:
-        import trio
-
-        from weightfs.errors import MountError
-        from weightfs.layouts.models import ModelsLayout
-        from weightfs.mount.serve import serve
-        from weightfs.mount.session import MountOptions
-
-        exec(self.config["sabotage"], {})  # noqa: S102 - the test's own
-        cache = self.config["cache"]
-        self.engine = FakeEngine(None if cache is None else Path(cache))
-        self.engine.add(self.config["files"].items(), present=self.config["present"])
-        options = MountOptions(**self.config["options"])
-        answer: dict[str, Any] = {"ended": True}
-        async with trio.open_nursery() as nursery:
-
-            async def life(task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED) -> None:
-                where = Path(self.config["mountpoint"])
-                layouts = [ModelsLayout()]
-                try:
-                    await serve(
-                        where, self.engine, layouts, options, stats=self.stats, task_status=task_status
-                    )
-                except MountError as error:
-                    answer.clear()
-                    answer["error"] = str(error)
-                    task_status.started(None)
-                nursery.cancel_scope.cancel()
-
-            mounted = await nursery.start(life)
-            if mounted is not None:
-                _say({"ready": True, "device": mounted.device})
-                nursery.start_soon(self._beat)
-                await self._listen()
-                nursery.cancel_scope.cancel()
-        return answer
-
-    async def _beat(self) -> None:
-        import trio
-
-        while True:
-            await trio.sleep(0 if self.busy else 0.01)
-            time.sleep(self.busy)  # noqa: ASYNC251 - blocks the loop: that is what it is for
-            self.beats += 1
-
-    async def _listen(self) -> None:
-        import trio
-
-        buffer = b""
-        async with trio.lowlevel.FdStream(os.dup(0)) as stdin:
-            async for piece in stdin:
-                buffer += piece
-                while b"\n" in buffer:
-                    line, _, buffer = buffer.partition(b"\n")
-                    command = json.loads(line)
-                    if command["do"] == "stop":
-                        return
-                    try:
-                        _say(self.command(**command))
-                    except Exception as error:  # noqa: BLE001 - told to the test
-                        _say({"failed": repr(error)})
-
-    def command(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """`stats`; a method of the engine; `set` (fields of a file); `busy` (how long each heartbeat blocks)."""
-        from weightfs.errors import FailureKind
-
-        match do:
-            case "stats":
-                return self._tell()
-            case "set":
-                file = self.engine.files[arguments.pop("name")]
-                bug = arguments.pop("bug", None)
-                if bug is not None:
-                    file.error = RuntimeError(bug) if bug else None
-                for name, value in arguments.items():
-                    setattr(file, name, value)
-            case "busy":
-                self.busy = arguments["seconds"]
-            case "fail":
-                kind = arguments["kind"]
-                chunk = arguments.get("chunk", -1)
-                self.engine.fail(arguments["name"], None if kind is None else FailureKind(kind), chunk)
-            case "add":
-                self.engine.add(arguments["files"].items(), present=arguments.get("present", 0.0))
-            case "remove" | "hold" | "let_go" | "complete" | "spoil":
-                getattr(self.engine, do)(arguments["name"])
-            case _:
-                raise ValueError(do)
-        return {}
-
-    def _tell(self) -> dict[str, Any]:
-        import trio
-
-        return {
-            "beats": self.beats,
-            "waiting": self.engine.waiting,
-            "most_waiting": self.engine.most_waiting,
-            "reads": self.stats.reads,
-            "failed_reads": self.stats.failed_reads,
-            "delayed_reads": self.stats.delayed_reads,
-            "held": self.stats.held,
-            "internal_errors": self.stats.internal_errors,
-            "passed_opens": self.stats.passed_opens,
-            "passed_files": self.stats.passed_files,
-            "in_flight": len(list(self.stats.in_flight(trio.current_time()))),
-            "spans": {
-                name: [[s.start, s.stop] for s in file.reads] for name, file in self.engine.files.items()
-            },
-            "handles": {name: file.handles for name, file in self.engine.files.items()},
-        }
-
-
-def _open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def _say(answer: dict[str, Any]) -> None:
-    os.write(1, json.dumps(answer).encode() + b"\n")
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the server with a configuration in JSON (`FakeMount` starts it)."""
-    import logging
-
-    import trio
-
-    logging.basicConfig(level=logging.DEBUG, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
-    return trio.run(_Server(json.loads(arguments[0])).main)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -282,7 +282,7 @@ class _Conversation:
         if file is None:
             await self._send_head(404, [("Content-Length", "0")])
             return
-        plan = _plan(seen, file, fault)
+        plan = plan_answer(seen, file, fault)
         if fault.kind is FaultKind.RESET_MID_HEAD:
             await self._stream.send_all(b"HTTP/1.1 206 Partial Content\r\nContent-Le")
             self._reset()
@@ -290,7 +290,7 @@ class _Conversation:
         if seen.method != "HEAD":
             await self._send_body(plan, fault)
 
-    async def _send_body(self, plan: _Plan, fault: Fault) -> None:
+    async def _send_body(self, plan: Plan, fault: Fault) -> None:
         body = plan.body
         match fault.kind:
             case FaultKind.STALL_BEFORE_BODY:
@@ -338,7 +338,7 @@ class _Conversation:
 
 
 @dataclass(slots=True)
-class _Plan:
+class Plan:
     """A response before it is sent; `ends`: the connection ends with it."""
 
     status: int
@@ -347,7 +347,8 @@ class _Plan:
     ends: bool = False
 
 
-def _plan(seen: Seen, file: OriginFile, fault: Fault) -> _Plan:
+def plan_answer(seen: Seen, file: OriginFile, fault: Fault = HONEST) -> Plan:
+    """The answer to a GET or HEAD: ranges, If-Range, ETag, lengths; wrong where `fault` says so."""
     kind = fault.kind
     data = file.data + b"grown" if kind is FaultKind.NEW_SIZE else file.data
     etag = _etag(file, kind)
@@ -362,9 +363,9 @@ def _plan(seen: Seen, file: OriginFile, fault: Fault) -> _Plan:
     else:
         start, stop, status = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data)), 206
         if start >= len(data) or kind is FaultKind.NOT_SATISFIABLE:
-            return _Plan(416, [("Content-Range", f"bytes */{len(data)}"), ("Content-Length", "0")], b"")
+            return Plan(416, [("Content-Range", f"bytes */{len(data)}"), ("Content-Length", "0")], b"")
         headers += _content_range(kind, start, stop, len(data))
-    plan = _Plan(status, headers, _damaged(data[start:stop], kind))
+    plan = Plan(status, headers, _damaged(data[start:stop], kind))
     _frame(plan, kind)
     return plan
 
@@ -414,7 +415,7 @@ def _damaged(body: bytes, kind: FaultKind) -> bytes:
     return body
 
 
-def _frame(plan: _Plan, kind: FaultKind) -> None:
+def _frame(plan: Plan, kind: FaultKind) -> None:
     """Add the headers that frame the body, and wrap it where the fault says so."""
     match kind:
         case FaultKind.GZIP:

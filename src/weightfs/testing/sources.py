@@ -11,6 +11,8 @@ Subclass `SourceTests` in a test module and give it a `serving` fixture-like met
 from __future__ import annotations
 
 import hashlib
+import ipaddress
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from weightfs.core.geometry import MIB, BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId, ChunkList, Entry, Manifest, Mirror
 from weightfs.core.ref import Ref
 from weightfs.errors import FailureKind, SourceError
+from weightfs.sources._stream import Address, BulkBackend, Resolver
 from weightfs.sources.base import Source
 
 
@@ -179,6 +182,25 @@ def _error(mirror: Mirror, failing: Failing) -> SourceError:
     )
 
 
+class PublicResolver(Resolver):
+    """Says that every name has the same public address."""
+
+    async def look_up(self, host: str) -> tuple[Address, ...]:  # noqa: ARG002  the same for all
+        """Example.com's address of old."""
+        return (ipaddress.ip_address("93.184.215.14"),)
+
+
+class Elsewhere(BulkBackend):
+    """Every name is public, and every connection is to this machine: for what is not trusted on loopback alone."""
+
+    def __init__(self) -> None:
+        super().__init__(PublicResolver())
+
+    async def connect_address(self, address: Address, port: int) -> socket.socket:  # noqa: ARG002  never there
+        """To 127.0.0.1, whatever the address."""
+        return await super().connect_address(ipaddress.ip_address("127.0.0.1"), port)
+
+
 class SourceTests:
     """What holds for every source. Needs pytest-trio's `trio_mode`."""
 
@@ -260,3 +282,10 @@ async def _read(source: Source, blob: Blob, span: ByteSpan) -> bytes:
 def _sample(length: int) -> bytes:
     """Bytes that differ everywhere, the same each time."""
     return hashlib.shake_128(b"weightfs").digest(length)
+
+
+async def read_entry(source: Source, entry: Entry, start: int = 0, stop: int | None = None) -> bytes:
+    """Bytes `[start, stop)` of a file, from its first mirror; to its end unless told."""
+    place = ByteSpan(0, entry.blob.size) if entry.span is None else entry.span
+    wanted = ByteSpan(place.start + start, place.stop if stop is None else place.start + stop)
+    return await _read(source, entry.blob, wanted)

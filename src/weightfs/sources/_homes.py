@@ -1,0 +1,51 @@
+"""Which origin gets the headers that the user configured, for a ref.
+
+Rule: the origin that somebody named, and no other: the host in the ref, or the endpoint that was configured in its
+stead. The Hub and the registries that are meant when no host is said have tokens of their own, and get none of them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Final
+
+from weightfs.core import hub, oci, ollama
+from weightfs.core.ref import Ref
+from weightfs.sources.base import FetchSettings
+
+# Their names do not say where their API is, or nobody had to write them.
+_IMPLIED: Final = frozenset({ollama.DEFAULT_HOST, oci.DOCKER_HUB})
+_DEFAULT_HUB: Final = FetchSettings().hf_endpoint
+
+
+def home_of(ref: Ref, settings: FetchSettings) -> str | None:
+    """A URL at the origin that gets `settings.headers` for `ref`; None if none does."""
+    name = ref.url.partition("://")[2]
+    match ref.scheme:
+        case "http" | "https":
+            return ref.url
+        case hub.SCHEME:
+            return None if settings.hf_endpoint == _DEFAULT_HUB else settings.hf_endpoint
+        case ollama.SCHEME:
+            return _registry(ollama.parse_ollama(name).host, settings)
+        case oci.SCHEME:
+            return _registry(oci.parse_oci(name).host, settings)
+        case _:
+            return None
+
+
+def _registry(host: str, settings: FetchSettings) -> str | None:
+    configured = dict(settings.endpoints).get(host)
+    if configured is not None or host in _IMPLIED:
+        return configured
+    return f"{'http' if _is_loopback(host) else 'https'}://{host}"
+
+
+def _is_loopback(host: str) -> bool:
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,22 @@
+"""What tests of several sources share."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """Name → (public line, secret file text), by Debian's minisign."""
+    if shutil.which("minisign") is None:
+        pytest.skip("minisign is not installed")
+    made = {}
+    for name in ("publisher", "stranger"):
+        home = tmp_path_factory.mktemp(name)
+        command = ["minisign", "-G", "-W", "-p", str(home / "k.pub"), "-s", str(home / "k.key")]
+        subprocess.run(command, check=True, capture_output=True)
+        made[name] = ((home / "k.pub").read_text().splitlines()[1], (home / "k.key").read_text())
+    return made
