@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
@@ -18,24 +20,27 @@ from weightfs.testing.engines import running_engine
 MIB = 1 << 20
 
 
+BLANK = {"int": 0, "float": 0.0, "str": "", "bool": False}
+T = TypeVar("T")
+
+
+def blank(kind: type[T], **given: object) -> T:
+    """A status in which everything is zero or empty but what is given: new fields are no matter here."""
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every T here is a dataclass
+    return kind(**{field.name: given.get(field.name, BLANK.get(str(field.type), ())) for field in fields})
+
+
 def file(
     blob: str, *, size: int = 10 * MIB, present: int = 0, waiting: int = 0, error: str = ""
 ) -> FileStatus:
-    return FileStatus(
-        path=f"models/{blob}", blob=blob, size=size, chunk_length=MIB, chunk_count=size // MIB,
-        present_chunks=present // MIB, present_bytes=present, durable_chunks=0, sealed_chunks=0, fetched_bytes=0,
-        trust="provisional", policy="provisional", sha256="", signer="", open_handles=0, waiting_readers=waiting,
-        filling=False, error=error, mirrors=(),
-    )  # fmt: skip
+    return blank(
+        FileStatus, blob=blob, size=size, present_bytes=present, waiting_readers=waiting, error=error
+    )
 
 
 def status(*refs: tuple[FileStatus, ...], **more: object) -> EngineStatus:
-    known: dict[str, object] = {
-        "version": "1", "pid": 1, "worker_pids": (), "uptime": 1.0, "cache": "/c", "cache_bytes": 0, "free_bytes": 0,
-        "fetched_bytes": 0, "mismatched_chunks": 0, "disk_faults": 0, "trouble": "", "jobs": (),
-        "refs": tuple(RefStatus(f"ref{number}", "", 0, files) for number, files in enumerate(refs)),
-    }  # fmt: skip
-    return EngineStatus(**{**known, **more})  # type: ignore[arg-type]  # the fields of the dataclass, by name
+    shown = tuple(blank(RefStatus, ref=f"ref{number}", files=files) for number, files in enumerate(refs))
+    return blank(EngineStatus, refs=shown, **more)
 
 
 @pytest.mark.parametrize(

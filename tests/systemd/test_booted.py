@@ -49,7 +49,7 @@ User=nobody
 PrivateTmp=yes
 ProtectSystem=strict
 RuntimeDirectory=ollama
-ExecStart=/bin/sh -c 'mountpoint /mnt/models >/run/ollama/found && ls /mnt/models >>/run/ollama/found; \
+ExecStart=/bin/sh -c 'mountpoint /mnt/models >/run/ollama/found && ls "$OLLAMA_MODELS" >>/run/ollama/found; \
   env >/run/ollama/env; exec sleep infinity'
 [Install]
 WantedBy=multi-user.target
@@ -164,7 +164,7 @@ def test_ollama_finds_the_mount_when_it_starts(machine: Machine) -> None:
     assert started >= int(machine.show(SERVICE, "ActiveEnterTimestampMonotonic")) > 0
     found = until(lambda: machine.path("/run/ollama/found").read_text(), "ollama has looked").splitlines()
     assert found[0] == "/mnt/models is a mountpoint"
-    assert "models" in found[1:]
+    assert {"blobs", "manifests"} <= set(found[1:]), "the ollama layout, empty as it is"
     environment = machine.path("/run/ollama/env").read_text().splitlines()
     assert {"OLLAMA_MODELS=/mnt/models/ollama", "OLLAMA_NOPRUNE=1", "OLLAMA_LOAD_TIMEOUT=0"} <= set(
         environment
