@@ -374,6 +374,11 @@ class Engine:
             jobs=describe_jobs(self._planner, now),
         )
 
+    async def probe(self) -> None:
+        """Return when the index has answered a question, in one of the threads that reads use too. CacheError."""
+        nobody = BlobId(bytes(16))
+        await trio.to_thread.run_sync(self._cache.blob, nobody, abandon_on_cancel=True)
+
     def check(self) -> list[str]:
         """Sentences about anything in memory that should not be; empty if all is well and nothing is in flight."""
         problems = self._planner.check()
