@@ -94,7 +94,7 @@ def test_naming_a_path_is_enough_and_only_the_registrys_word_is_enoent(
     with Daemon(tmp_path / "daemon", options=["--workers", "0", "--browse", "--retry", "0"]) as daemon:
         models = daemon.start().mountpoint / "models"
 
-        def look(*names: str) -> list[object]:
+        def look(*names: str) -> list[Any]:
             told = daemon.finish(daemon.command([sys.executable, "-c", LOOK, str(models), *names]))
             return list(json.loads(told).values())
 
