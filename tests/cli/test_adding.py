@@ -32,14 +32,14 @@ def put(tmp_path: Path, name: str, data: bytes = DATA, *, at: int = 1_700_000_00
     return f"file://{path}"
 
 
-def test_what_was_added_is_there_and_costs_nothing(tmp_path: Path) -> None:
-    one, two = put(tmp_path, "one.gguf"), put(tmp_path, "two.gguf", DATA[:1000])
+def test_what_was_added_is_there_and_costs_its_header(tmp_path: Path) -> None:
+    one, two = put(tmp_path, "one.gguf", DATA * 3), put(tmp_path, "two.gguf", DATA[:1000])
     done = run(tmp_path, "add", two, one)
     assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == [one, two]
-    assert "1.0 MiB in 1 file, " in done.stdout
+    assert "3.0 MiB in 1 file, " in done.stdout
     assert run(tmp_path, "ls").stdout == f"{one}\n{two}\n"
     (document, _) = json.loads(run(tmp_path, "ls", "--json").stdout)["refs"]
-    assert (document["present_bytes"], document["pinned"]) == (0, False)
+    assert (document["present_bytes"], document["pinned"]) == (len(DATA), False)
     Path(tmp_path / "one.gguf").unlink()
     assert one in run(tmp_path, "add", one).stdout  # nobody was asked
 
@@ -95,7 +95,7 @@ def test_update_asks_only_for_what_may_move(tmp_path: Path) -> None:
 
 
 def test_pin_and_unpin(tmp_path: Path) -> None:
-    one, two = put(tmp_path, "one.gguf"), put(tmp_path, "two.gguf")
+    one, two = put(tmp_path, "one.gguf", DATA * 2), put(tmp_path, "two.gguf")
     run(tmp_path, "add", one)
     assert (
         run(tmp_path, "pin", one).stdout

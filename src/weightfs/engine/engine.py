@@ -154,7 +154,8 @@ class Engine:
     async def add(self, ref: Ref, *, refresh: bool = False, headers: bool = True) -> Manifest:
         """Pin a ref and show it. A pinned one is served from the index without asking anybody, unless `refresh`.
 
-        With `headers`, small files and headers that are not cached are then fetched in the background.
+        With `headers`, small files and headers that are not cached are then fetched in the background, if the settings
+        have `headers_first`.
         SourceError, ChunkListError, SignatureError, CacheError.
         """
         known = self._catalog.ref(str(ref))
@@ -162,7 +163,7 @@ class Engine:
             manifest = await self._resolve(ref, known)
         else:
             manifest = known.manifest
-        if headers:
+        if headers and self.settings.headers_first:
             self._headers.start(manifest)
         return manifest
 
@@ -185,13 +186,14 @@ class Engine:
         async with self._pinning:
             if known is not None and self._catalog.ref(str(ref)) is None:
                 raise ReadError(f"{ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=str(ref))
-            for state in await self._catalog.put(manifest):
-                if self._planner.knows(state.id):
-                    self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
-                    await self._holdings.adopt(state)
-                    self._keeper.begin(state)
-                else:
-                    self._begin(state)
+            with trio.CancelScope(shield=True):  # half of it would be a ref that is known and never shown
+                for state in await self._catalog.put(manifest):
+                    if self._planner.knows(state.id):
+                        self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
+                        await self._holdings.adopt(state)
+                        self._keeper.begin(state)
+                    else:
+                        self._begin(state)
         self.on_change()
         if known is not None and _move(known, manifest.revision) is Outcome.ROLLED_BACK:
             log.warning(
@@ -384,6 +386,11 @@ class Engine:
             refs=describe_refs(self._catalog, self._planner, now),
             jobs=describe_jobs(self._planner, now),
         )
+
+    async def probe(self) -> None:
+        """Return when the index has answered a question, in one of the threads that reads use too. CacheError."""
+        nobody = BlobId(bytes(16))
+        await trio.to_thread.run_sync(self._cache.blob, nobody, abandon_on_cancel=True)
 
     def check(self) -> list[str]:
         """Sentences about anything in memory that should not be; empty if all is well and nothing is in flight."""
