@@ -286,6 +286,7 @@ async def test_a_fill_larger_than_the_limit_pauses_and_says_so_and_a_pull_ends(t
         engine.opened(ids["a"])
         while not engine.status().trouble:
             await trio.sleep(0.01)
+        await engine.quiet()
         assert cached(engine, ids) == "a"  # the other one went for it
         (file,) = next(ref for ref in engine.status().refs if ref.ref == str(refs["a"])).files
         assert "max-size" in file.error

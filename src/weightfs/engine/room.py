@@ -82,7 +82,7 @@ class Room:
         self._paused: dict[
             BlobId, BlobState
         ] = {}  # fill that nobody asked for, and for which there is no room
-        self._refused: list[BlobState] = []
+        self._refused: dict[BlobId, BlobState] = {}  # whose background was told that there is no room
         self.space = CacheSpace(0, 0)
         self.limit: int | None = None
         self.evicted_bytes = 0
@@ -237,9 +237,6 @@ class Room:
 
     def _resume(self) -> None:
         """Fill goes on when there is room for a batch, so that it does not stop again at once."""
-        for state in self._refused:
-            state.no_room = None
-        self._refused.clear()
         held = self._planner.held_bytes
         if self._paused and (self.limit is None or held + self._batch() <= self.limit):
             paused, self._paused = self._paused, {}
@@ -248,6 +245,9 @@ class Room:
                     self._fetcher.feed(plan.Fill(state.id, on=True))
 
     def _relax(self) -> None:
+        for state in self._refused.values():
+            state.no_room = None
+        self._refused.clear()
         if self.trouble and not self._paused and not self._planner.short():
             log.info("there is room in the cache again")
             self.trouble = ""
@@ -262,7 +262,7 @@ class Room:
             for state in self._catalog.states():
                 if state.filling and not state.complete:
                     state.no_room = NoSpaceError(text)
-                    self._refused.append(state)
+                    self._refused[state.id] = state
                     state.notify()
         self._pause()
 
