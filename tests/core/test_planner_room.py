@@ -133,6 +133,7 @@ def test_a_whole_stream_fits_as_a_whole_or_does_not_begin() -> None:
     made.fail(1, FailureKind.NO_RANGES)
     assert not made.jobs
     assert made.planner.short() == {A: Priority.DEMAND}
+    assert made.planner.demanded_bytes() == made.planner.lacking_bytes(A) == 8 * MIB  # for one chunk of it
     made.limit(8 * MIB, 8 * MIB)
     (job,) = made.jobs.values()
     assert job.fetch.whole

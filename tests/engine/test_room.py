@@ -30,7 +30,7 @@ from weightfs.engine.status import CacheSpace
 from weightfs.errors import CacheError, FailureKind, NoSpaceError, ReadError
 from weightfs.store.cache import Cache
 from weightfs.testing.engines import running_engine
-from weightfs.testing.origin import Origin, OriginFile, open_origin
+from weightfs.testing.origin import Fault, FaultKind, Origin, OriginFile, open_origin
 from weightfs.testing.published import CHUNK, chunk_list, sample
 
 COUNT = 16
@@ -301,6 +301,23 @@ async def test_a_fill_larger_than_the_limit_pauses_and_says_so_and_a_pull_ends(t
         await read(engine, ids, "b", 0, 9 * CHUNK)
 
 
+async def test_an_origin_without_ranges_needs_room_for_the_whole(tmp_path: Path) -> None:
+    """One stream of everything: nobody is evicted for one that could not fit anyway, and its reader is told."""
+    root = tmp_path / "cache"
+    async with models() as (origin, refs), engine_of(root, refs, max_bytes=SIZE + 4 * CHUNK) as (engine, ids):
+        origin.always["/b"] = Fault(FaultKind.NO_RANGES)
+        await read(engine, ids, "a")
+        engine.opened(ids["a"])
+        with pytest.raises(ReadError, match="max-size") as caught:
+            await read(engine, ids, "b", 0, 1)
+        assert caught.value.kind is FailureKind.NO_SPACE
+        assert cached(engine, ids) == "a"
+        engine.released(ids["a"])
+        await read(engine, ids, "b", 0, 1)
+        assert engine.status().held_bytes <= SIZE + 4 * CHUNK
+        await read(engine, ids, "b")
+
+
 async def test_fill_that_nobody_asked_for_evicts_nobody(tmp_path: Path) -> None:
     root = tmp_path / "cache"
     async with (
@@ -361,6 +378,37 @@ async def test_readers_who_race_with_evictions_get_the_bytes(tmp_path: Path) -> 
             nursery.start_soon(evict)
         await engine.complete(str(refs["a"]))
         await read(engine, ids, "a")
+
+
+@pytest.mark.parametrize("part", [None, [0, 1]], ids=["whole", "part"])
+async def test_bytes_that_were_read_across_an_eviction_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: list[int] | None
+) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+    honest = Cache.read
+    seen: list[bytes] = []
+
+    def slowly(self: Cache, blob: BlobId, span: ByteSpan) -> bytes:
+        reading.set()
+        go_on.wait(SECONDS)
+        seen.append(honest(self, blob, span))
+        return seen[-1]
+
+    async with models() as (_, refs), engine_of(tmp_path / "cache", refs) as (engine, ids):
+        state = state_of(engine, ids["a"])
+        await engine._holdings.prepare(state)
+        await engine._fetcher.wait_for(state, ChunkSpan(0, 3))
+        await engine.quiet()
+        monkeypatch.setattr(Cache, "read_nowait", lambda *_: None)
+        monkeypatch.setattr(Cache, "read", slowly)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, engine, ids, "a", 0, 2 * CHUNK)
+            await trio.to_thread.run_sync(reading.wait)
+            room_of, _ = await engine._holdings.evict(state, part, lambda: True)
+            assert room_of >= 2 * CHUNK
+            go_on.set()
+        assert seen[0] == bytes(2 * CHUNK)  # the hole
+        assert seen[-1] == DATA["a"][: 2 * CHUNK]
 
 
 async def test_what_begins_amid_an_eviction_does_not_land_in_the_old_file(

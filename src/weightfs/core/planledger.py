@@ -53,6 +53,7 @@ class BlobPlan:
     punching: set[int] = field(default_factory=set)  # dropped, and not yet out of index and file
     inflight: int = 0  # bytes
     undurable: int = 0  # bytes
+    lacking: int = 0  # bytes of room that its next job needs, if that did not fit
     kept: set[int] = field(default_factory=set)  # not present, and their room in the file was not given back
     stream_rate: float = 0.0  # bytes/s of one job, smoothed
     # Faults: `planfaults` says what they mean.

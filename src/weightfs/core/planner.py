@@ -131,11 +131,15 @@ class Planner:
         """Jobs that begin from now on have this number or a higher one."""
         return self._ledger.next_job
 
+    def lacking_bytes(self, blob: BlobId) -> int:
+        """The room that the next job needs of a blob in `short`: one chunk's, or a whole stream's."""
+        return self._ledger.blobs[blob].lacking
+
     def demanded_bytes(self) -> int:
-        """What readers wait for that does not fit."""
+        """The room that all jobs need for which readers wait, and which do not fit."""
         short = self._ledger.room.short
         demand = [blob for blob, priority in short.items() if priority is Priority.DEMAND]
-        return sum(self._ledger.cost(blob, blob.demand) for blob in demand)
+        return sum(max(blob.lacking, self._ledger.cost(blob, blob.demand)) for blob in demand)
 
     def jobs(self, now: float) -> list[InFlight]:
         """What is in flight, oldest first."""

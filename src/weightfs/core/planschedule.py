@@ -111,8 +111,9 @@ class Scheduler:
         most = room.demand if priority is Priority.DEMAND else room.background
         return most is None or self._ledger.held + self._ledger.cost(blob, chunks) <= most
 
-    def _short(self, blob: BlobPlan, priority: Priority) -> _Outcome:
+    def _short(self, blob: BlobPlan, chunks: Iterable[int], priority: Priority) -> _Outcome:
         room = self._ledger.room
+        blob.lacking = self._ledger.cost(blob, chunks)
         if room.short.get(blob, priority + 1) > priority:
             room.short[blob] = priority
             self._ledger.out.append(plan.NeedRoom(blob.id, priority))
@@ -214,7 +215,7 @@ class Scheduler:
             run = ChunkSpan(run.start, run.start + len(run) // 2)
         while not self._fits(blob, run, priority):
             if len(run) == 1:
-                return self._short(blob, priority)
+                return self._short(blob, run, priority)
             run = ChunkSpan(run.start, run.start + len(run) // 2)
         mirror = self._choose(blob, ranged, now)
         shunned = (c for c in run if c > run.start and self._shuns(blob, c, mirror, now))
@@ -234,7 +235,7 @@ class Scheduler:
         absent = (chunk for hole in blob.taken.holes(blob.shape.chunks) for chunk in hole)
         chunks = [chunk for chunk in absent if not self._shuns(blob, chunk, mirror, now)]
         if not self._fits(blob, chunks, priority):
-            return self._short(blob, priority)
+            return self._short(blob, chunks, priority)
         self._ledger.issue(blob, blob.shape.chunks, chunks, mirror, priority, now, whole=True)
         return _Outcome.GO_ON
 

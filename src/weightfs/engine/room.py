@@ -197,26 +197,33 @@ class Room:
 
     async def _serve(self) -> None:
         """Evict for as long as something that matters does not fit, and somebody can go."""
-        while wanted := self._wanted():
+        while True:
+            wanted, least = self._wanted()
+            if not wanted:
+                break
             # The second time, what turned out to have been whole in the meantime goes whole.
-            if not (await self._evict(wanted) or await self._evict(wanted)):
+            if not (await self._evict(wanted, least) or await self._evict(wanted, least)):
                 self._refuse()
                 return
         self._pause()
         self._relax()
 
-    def _wanted(self) -> int:
-        """Bytes to evict now."""
+    def _wanted(self) -> tuple[int, int]:
+        """Bytes to evict now, and how many of them are needed that anything goes on: with fewer, nobody goes for it."""
         if self.limit is None:
-            return 0
+            return 0, 0
         over = self._planner.held_bytes - self.limit
         if demanded := self._planner.demanded_bytes():
-            over += min(demanded, BATCH)
-        elif background := [
-            state.shape.chunk_length for state in self._short_states() if self._asked_for(state)
-        ]:
-            over += min(MARGIN, self.limit // MARGIN_PART) + max(background)
-        return over + self._batch() if over > 0 else 0
+            short = self._planner.short().items()
+            demand = [blob for blob, priority in short if priority is Priority.DEMAND]
+            least = over + min(map(self._planner.lacking_bytes, demand))
+            wanted = over + demanded
+        elif background := [state.id for state in self._short_states() if self._asked_for(state)]:
+            lacking = max(map(self._planner.lacking_bytes, background))
+            least = wanted = over + min(MARGIN, self.limit // MARGIN_PART) + lacking
+        else:
+            least, wanted = 0, over
+        return (wanted + self._batch(), least) if wanted > 0 else (0, 0)
 
     def _short_states(self) -> list[BlobState]:
         return [state for blob in self._planner.short() if (state := self._catalog.get(blob))]
@@ -309,10 +316,14 @@ class Room:
             freed = found.nbytes if dry_run else self.evicted_bytes - before
         return GcReport(dry_run, tuple(done), freed, found.missing, self._planner.held_bytes, self.limit)
 
-    async def _evict(self, wanted: int) -> int:
-        """Evict what is too old and, of the rest, `wanted` bytes if they can be had. The bytes that are free now."""
+    async def _evict(self, wanted: int, least: int = 0) -> int:
+        """Evict what is too old and, of the rest, `wanted` bytes as far as they can be had; nothing if not `least`.
+
+        The bytes that are free now.
+        """
         await self._holdings.settle()
-        return sum(await self._carry_out(self._plan(wanted)))
+        found = self._plan(wanted)
+        return sum(await self._carry_out(found)) if found.nbytes >= least else 0
 
     def _plan(self, wanted: int) -> EvictionPlan:
         busy = self._planner.busy_blobs()
