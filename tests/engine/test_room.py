@@ -592,6 +592,23 @@ async def test_gc_says_what_it_would_do_and_does_it(tmp_path: Path, clock: Clock
             assert cached(engine, ids) == "ad"
 
 
+async def test_who_only_looks_evicts_nothing(tmp_path: Path, clock: Clock) -> None:
+    async with models() as (_, refs):
+        async with running_engine(tmp_path / "cache", LAZY) as engine:
+            ids = await add_all(engine, refs)
+            with trio.fail_after(SECONDS):
+                await engine.complete(str(refs["a"]))
+        clock.now += 10_000
+        settings = replace(LAZY, max_bytes=CHUNK, max_age=60.0, tidies=False)
+        async with running_engine(tmp_path / "cache", settings) as engine:
+            for _ in range(5):
+                measured = engine._room._measured
+                while engine._room._measured == measured:
+                    await trio.sleep(0.01)
+            assert cached(engine, ids) == "a"
+            assert len((await engine.gc(dry_run=True)).evicted) == 1
+
+
 async def test_the_filesystem_keeps_its_free_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
