@@ -49,8 +49,12 @@ def test_a_demand_is_cut_to_what_fits_and_the_rest_waits_for_room() -> None:
 def test_what_is_in_flight_counts_before_it_lands_and_is_given_back_if_it_fails() -> None:
     made = driver()
     made.limit(4 * MIB, 4 * MIB)
+    assert made.planner.next_job == 1
     made.need(A, 0, 4)
+    assert made.planner.next_job == 2
     assert made.planner.held_bytes == made.planner.reserved_bytes == 4 * MIB
+    assert made.planner.holding(A) == 0  # nothing in its file yet
+    assert not made.planner.is_short
     other = made.need(B, 0, 4)
     assert len(made.jobs) == 1
     made.withdraw(1)

@@ -308,10 +308,13 @@ async def test_an_origin_without_ranges_needs_room_for_the_whole(tmp_path: Path)
         origin.always["/b"] = Fault(FaultKind.NO_RANGES)
         await read(engine, ids, "a")
         engine.opened(ids["a"])
+        await engine._holdings.prepare(state_of(engine, ids["c"]))
+        await engine._fetcher.wait_for(state_of(engine, ids["c"]), ChunkSpan(0, 3))
+        await engine.quiet()
         with pytest.raises(ReadError, match="max-size") as caught:
             await read(engine, ids, "b", 0, 1)
         assert caught.value.kind is FailureKind.NO_SPACE
-        assert cached(engine, ids) == "a"
+        assert cached(engine, ids) == "ac"
         engine.released(ids["a"])
         await read(engine, ids, "b", 0, 1)
         assert engine.status().held_bytes <= SIZE + 4 * CHUNK
