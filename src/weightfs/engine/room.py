@@ -41,6 +41,7 @@ from weightfs.units import format_duration, format_size
 log = logging.getLogger(__name__)
 
 SPACE_SECONDS = 5.0  # how old the word on the filesystem's space may be
+FRESH_SECONDS = 1.0  # how old it may be where a reader is refused for it
 AGE_SECONDS = 60.0  # how often somebody is looked for who is too old
 USE_SECONDS = 60.0  # how often last uses are recorded: a kill costs no more than that
 # Room that background leaves to demand, and what is evicted at once beyond what is wanted: an eviction is then needed
@@ -202,9 +203,12 @@ class Room:
             if not wanted:
                 break
             # The second time, what turned out to have been whole in the meantime goes whole.
-            if not (await self._evict(wanted, least) or await self._evict(wanted, least)):
+            if await self._evict(wanted, least) or await self._evict(wanted, least):
+                continue
+            if trio.current_time() < self._measured + FRESH_SECONDS:
                 self._refuse()
                 return
+            await self._measure()  # somebody may have made room on the disk meanwhile
         self._pause()
         self._relax()
 
