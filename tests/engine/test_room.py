@@ -115,7 +115,7 @@ async def test_the_limit_holds_on_the_disk_at_every_moment(tmp_path: Path) -> No
     """Random readers and a fill of one open file; what the files take is looked at all the time."""
     limit = 24 * CHUNK
     root = tmp_path / "cache"
-    most = 0
+    most = held = 0
     kinds: set[FailureKind] = set()
     async with (
         models() as (_, refs),
@@ -124,9 +124,9 @@ async def test_the_limit_holds_on_the_disk_at_every_moment(tmp_path: Path) -> No
         engine.opened(ids["a"])
 
         async def watch() -> None:
-            nonlocal most
+            nonlocal most, held
             while True:
-                most = max(most, on_disk(root), engine.status().held_bytes)
+                most, held = max(most, on_disk(root)), max(held, engine.status().held_bytes)
                 await trio.sleep(0)
 
         async def reader(seed: int) -> None:
@@ -146,8 +146,10 @@ async def test_the_limit_holds_on_the_disk_at_every_moment(tmp_path: Path) -> No
             nursery.cancel_scope.cancel()
         assert engine.status().evicted_bytes > 0
         engine.released(ids["a"])
-    # The promise of docs/design.md: one fetch of one file beyond it, for what was written and then not reported.
-    assert CHUNK < most <= limit
+    assert CHUNK < held <= limit
+    # The filesystem counts a block of its own for a file in many pieces. (What docs/design.md allows beyond that, one
+    # fetch window, is for workers that die.)
+    assert CHUNK < most <= limit + len(NAMES) * 4096
     assert kinds <= {FailureKind.NO_SPACE}
 
 
