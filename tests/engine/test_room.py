@@ -501,6 +501,53 @@ async def test_an_eviction_survives_a_crash(tmp_path: Path, how: str) -> None:
                 await read(engine, ids, "a")
 
 
+async def test_what_was_written_and_not_recorded_before_a_crash_takes_no_room(tmp_path: Path) -> None:
+    async with models() as (_, refs):
+        async with running_engine(tmp_path / "cache", LAZY) as engine:
+            ids = await add_all(engine, refs)
+            with trio.fail_after(SECONDS):
+                state = state_of(engine, ids["a"])
+                await engine._holdings.prepare(state)
+                await engine._fetcher.wait_for(state, ChunkSpan(0, 3))
+                await engine.quiet()
+                shutil.copytree(tmp_path / "cache", tmp_path / "crashed")
+        with (tmp_path / "crashed" / "blobs" / str(ids["a"])).open("r+b") as file:
+            file.seek(5 * CHUNK)
+            file.write(os.urandom(6 * CHUNK))
+        assert on_disk(tmp_path / "crashed") >= 9 * CHUNK
+        async with running_engine(tmp_path / "crashed", LAZY) as engine:
+            assert on_disk(tmp_path / "crashed") <= 3 * CHUNK + 4096
+            with trio.fail_after(SECONDS):
+                await read(engine, ids, "a")
+
+
+async def test_the_room_of_a_removed_model_is_nobody_elses_before_its_file_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleting, go_on = threading.Event(), threading.Event()
+    honest = Cache.delete_blob
+
+    def slowly(self: Cache, blob: BlobId) -> int:
+        deleting.set()
+        go_on.wait(SECONDS)
+        return honest(self, blob)
+
+    monkeypatch.setattr(Cache, "delete_blob", slowly)
+    root, limit = tmp_path / "cache", SIZE + 4 * CHUNK
+    async with models() as (_, refs), engine_of(root, refs, max_bytes=limit) as (engine, ids):
+        await read(engine, ids, "a")
+        await engine.quiet()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.remove, str(refs["a"]))
+            await trio.to_thread.run_sync(deleting.wait)
+            assert engine.status().limit_bytes == 4 * CHUNK
+            with pytest.raises(ReadError, match="max-size"):
+                await read(engine, ids, "b")
+            assert on_disk(root) <= limit + 8192
+            go_on.set()
+        await read(engine, ids, "b")
+
+
 @pytest.mark.parametrize("clean", [True, False], ids=["clean stop", "crash"])
 async def test_last_uses_survive_a_stop(tmp_path: Path, clock: Clock, clean: bool) -> None:
     async with models() as (_, refs):

@@ -277,13 +277,20 @@ class Room:
                     state.notify()
         self._pause()
 
+    def _by_size(self) -> bool:
+        """Whether it is `max-size` that binds, not the space of the filesystem."""
+        size = self._settings.max_bytes
+        return size is not None and (self._free_bound is None or size <= self._free_bound)
+
     def _full(self) -> str:
-        if self.limit == self._settings.max_bytes:
-            return f"the cache has reached its limit of {format_size(self.limit or 0)} (max-size)"
+        if self._by_size():
+            return (
+                f"the cache has reached its limit of {format_size(self._settings.max_bytes or 0)} (max-size)"
+            )
         return f"the disk of the cache has {format_size(self.space.free_bytes)} free (min-free)"
 
     def _way_out(self) -> str:
-        if self.limit == self._settings.max_bytes:
+        if self._by_size():
             return "raise max-size, or unpin, close or remove some models"
         return "free some space, or unpin, close or remove some models"
 
