@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightfs.cli import cli
+from weightfs.cli.adding import headers_of
 from weightfs.cli.looking import chosen, details_lines, printable
 from weightfs.cli.mapping import (
     COLOURED,
@@ -26,6 +27,7 @@ from weightfs.cli.mapping import (
     shortened,
     show,
 )
+from weightfs.control.ports import Operations
 from weightfs.core.ref import parse_ref
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import IntegrityError, RefError, SourceError, UsageError
@@ -231,6 +233,18 @@ def test_what_is_typed_wrong(tmp_path: Path, arguments: list[str], code: int, sa
     assert not (tmp_path / "cache").exists()
 
 
+async def test_headers_that_do_not_come_are_an_error_only_for_who_waits_for_them() -> None:
+    class Slow:
+        async def headers(self, ref: str, *, wait: float) -> dict[str, Any]:
+            await trio.lowlevel.checkpoint()
+            return {"ref": ref, "ready": wait > 1000}
+
+    operations = cast("Operations", Slow())
+    await headers_of(operations, {"ref": REF}, asked=False)
+    with pytest.raises(SourceError, match=f"`weightfs ls -l --fetch {REF}`"):
+        await headers_of(operations, {"ref": REF}, asked=True)
+
+
 # ---- the program
 
 
@@ -310,7 +324,7 @@ def test_a_mount_and_then_the_idle_cache_tell_what_is_there(tmp_path: Path, mode
 
 @pytest.mark.timeout(180)
 def test_a_header_that_is_not_there_is_fetched_when_that_is_wanted(tmp_path: Path, model: Model) -> None:
-    settings = EngineSettings(workers=0, fill=FillMode.NEVER)
+    settings = EngineSettings(workers=0, fill=FillMode.NEVER)  # headers last
 
     async def add() -> None:
         async with running_engine(tmp_path / "daemon" / "cache", settings) as engine:
@@ -324,3 +338,12 @@ def test_a_header_that_is_not_there_is_fetched_when_that_is_wanted(tmp_path: Pat
         (file,) = spoken(daemon, "map", "--fetch", model.ref)["files"]
         assert file["cached_bytes"] == MIB
         assert "header not cached yet" not in told(daemon, "ls", "-l", model.ref)
+
+
+@pytest.mark.timeout(180)
+def test_what_was_added_without_a_mount_has_its_header(tmp_path: Path, model: Model) -> None:
+    with Daemon(tmp_path / "daemon") as daemon:
+        told(daemon, "add", "--wait", model.ref)
+        (ref,) = spoken(daemon, "ls", "-l", model.ref)["refs"]
+        assert [file["header"] for file in ref["files"]] == ["read"]
+        assert ref["files"][0]["cached_bytes"] == MIB

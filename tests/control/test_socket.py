@@ -229,6 +229,8 @@ async def test_a_fault_of_ours_ends_one_answer_and_not_the_daemon(
         ("POST", "/v1/verify", b'{"repair": 1}', 400, "'repair'"),
         ("GET", "/v1/jobs/nope", b"", 400, "no job"),
         ("GET", "/v1/jobs/nope?wait=soon", b"", 400, "'wait'"),
+        ("GET", "/v1/headers?wait=1", b"", 400, "'ref'"),
+        ("GET", "/v1/headers?ref=https://h/m&wait=soon", b"", 400, "'wait'"),
         ("GET", "/v1/details", b"", 400, "'ref'"),
         ("GET", "/v1/details?ref=https://h/m&fetch=1", b"", 400, "'fetch'"),
         ("GET", "/v1/map?by=layer", b"", 400, "'ref'"),
@@ -257,10 +259,19 @@ async def test_what_is_known_of_a_ref_and_where_its_tensors_lie(tmp_path: Path) 
             assert model == {"name": "m.gguf", "format": "gguf", "tensor_count": int(fetch), "files": []}
             document = await client.tensor_map(ref, layers=fetch, fetch=fetch)
             by = "layer" if fetch else "tensor"
-            assert document == {"ref": name, "by": by, "files": [], "fetch": fetch}
+            files = [{"path": "models/m", "problem": "https://h/m?… is gone"}]
+            assert document == {"ref": name, "by": by, "files": files, "fetch": fetch}
         one.engine.error = KeyError(name)
         with pytest.raises(RefError, match="removed meanwhile"):
             await client.details(ref)
+
+
+async def test_headers_are_waited_for(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (one, client):
+        await client.add(REF)
+        assert await client.headers(REF, wait=0) == {"ref": REF, "ready": False}
+        one.engine.gate.set()
+        assert await client.headers(REF, wait=BOUND) == {"ref": REF, "ready": True}
 
 
 async def test_headers_that_do_not_come_are_not_waited_for_for_ever(

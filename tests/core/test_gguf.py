@@ -313,6 +313,13 @@ def test_what_is_refused(data: bytes, says: str) -> None:
     assert says in refusal(data)
 
 
+def test_lists_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightfs.core.gguf.MAX_LISTED", 3)
+    two = u32(8) + u64(2) + text(b"a") + text(b"b")
+    assert read(head(keys=1) + key(b"k", 9, two)).metadata == {}
+    assert "over 3 strings" in refusal(head(keys=2) + key(b"k", 9, two) + key(b"l", 9, two))
+
+
 def test_a_header_that_never_ends() -> None:
     data = head(keys=1) + key(b"k", 9, u32(10) + u64(MAX_HEADER // 8))
     assert refusal(data, 2**40) == f"the header has over {MAX_HEADER} bytes"

@@ -31,7 +31,7 @@ from weightfs.testing.engines import running_engine
 from weightfs.testing.models import ModelShape, make_gguf, make_safetensors
 from weightfs.testing.sources import Failing, FlakySource, MemorySource
 
-LAZY = EngineSettings(workers=0, fill=FillMode.NEVER, read_timeout=20)
+LAZY = EngineSettings(workers=0, fill=FillMode.NEVER, read_timeout=20, headers_first=True)
 SHAPE = ModelShape(dim=192, layers=4, ff=384)  # 6 MB
 CONFIG = json.dumps({"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512}).encode()
 REF = Ref("memory", "memory://repo", "memory://repo", None)

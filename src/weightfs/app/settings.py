@@ -95,6 +95,7 @@ def engine_settings(
         workers=default_workers() if config.workers is None else config.workers,
         fill=FillMode(config.fill) if fill is None else fill,
         keep_pinned=mounted,
+        headers_first=True,
         policy=config.policy,
         read_timeout=config.read_timeout,
         readahead_bytes=config.readahead,

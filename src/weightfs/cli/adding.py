@@ -27,6 +27,7 @@ from weightfs.cli.options import (
 if TYPE_CHECKING:
     from weightfs.control.ports import Document, Operations
 
+HEADERS_WAIT: Final = 60.0  # seconds, for the small files and headers of one ref
 AT_ONCE: Final = 4  # origins asked at the same time, as when a mount starts
 
 
@@ -74,6 +75,20 @@ async def for_each(names: Sequence[str], do: Callable[[str], Awaitable[Document]
     return outcome
 
 
+async def headers_of(operations: Operations, document: Document, *, asked: bool) -> None:
+    """Wait for the small files and headers of what was added. SourceError if they do not come and were `asked` for."""
+    from weightfs.errors import FailureKind, SourceError
+
+    ref = document["ref"]
+    answer = await operations.headers(ref, wait=HEADERS_WAIT)
+    if asked and not answer["ready"]:
+        raise SourceError(
+            f"{ref} was added, but its headers did not come within {HEADERS_WAIT:.0f} s; "
+            f"`weightfs ls -l --fetch {ref}` goes on with them",
+            kind=FailureKind.TIMEOUT,
+        )
+
+
 @click.command(
     short_help="Make models known.",
     epilog=examples(
@@ -84,14 +99,18 @@ async def for_each(names: Sequence[str], do: Callable[[str], Awaitable[Document]
 )
 @click.argument("refs", metavar="REF...", nargs=-1, required=True)
 @click.option("--pin", "pinned", is_flag=True, help="Keep all of them, as `weightfs pin` does.")
+@click.option("--wait", is_flag=True, help="Wait until small files and headers have been fetched, too.")
 @json_option
 @fetch_options
 @cache_options
 @click.pass_context
-def add(ctx: click.Context, /, refs: tuple[str, ...], pinned: bool, as_json: bool, **_: object) -> int:
+def add(
+    ctx: click.Context, /, refs: tuple[str, ...], pinned: bool, wait: bool, as_json: bool, **_: object
+) -> int:
     """Ask what the REFs are, and show them in a running mount, and in every mount to come.
 
-    A tag stays at what it is now until `weightfs update`. A REF that is known already is left as it is.
+    Small files and the headers of model files are fetched at once: by the mount, or by this command if there is none. A
+    tag stays at what it is now until `weightfs update`. A REF that is known already is left as it is.
     """
     config = load_config(ctx)
     parsed = parse_refs(refs)
@@ -105,7 +124,11 @@ def add(ctx: click.Context, /, refs: tuple[str, ...], pinned: bool, as_json: boo
 
         async def one(name: str) -> Document:
             document = await operations.add(name)
-            return await operations.pin(document["ref"], pinned=True) if pinned else document
+            if pinned:
+                document = await operations.pin(document["ref"], pinned=True)
+            if wait or not is_daemon:  # who works alone ends when this does
+                await headers_of(operations, document, asked=wait)
+            return document
 
         return await for_each([str(ref) for ref in parsed], one)
 
@@ -156,7 +179,14 @@ def update(ctx: click.Context, /, refs: tuple[str, ...], as_json: bool, **_: obj
         names = [str(ref) for ref in parsed]
         if not names:
             names = [ref["ref"] for ref in await operations.refs() if moves(ref["ref"])]
-        return await for_each(names, operations.update)
+
+        async def one(name: str) -> Document:
+            document = await operations.update(name)
+            if not is_daemon:
+                await headers_of(operations, document, asked=False)
+            return document
+
+        return await for_each(names, one)
 
     outcome = ask(ctx, config, "update", work, answers=True)
     return outcome.tell("updates", update_line, as_json=as_json)

@@ -79,6 +79,13 @@ class ControlClient:
             self._http, self._cache, "POST", "/v1/verify", {"refs": list(refs), "repair": repair}
         )
 
+    async def headers(self, ref: str, *, wait: float) -> Document:
+        """Wait for them."""
+        query = urlencode({"ref": ref, "wait": f"{wait:g}"})
+        return await _ask(
+            self._http, self._cache, "GET", f"/v1/headers?{query}", timeout=wait + ANSWER_TIMEOUT
+        )
+
     async def details(self, ref: str, *, fetch: bool = False) -> Document:
         """Look into headers."""
         query = urlencode({"ref": ref, "fetch": _FLAGS[fetch]})

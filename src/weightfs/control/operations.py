@@ -26,6 +26,7 @@ T = TypeVar("T")
 ADD_BOUND: Final = 300.0  # seconds
 # The same for headers that are fetched on request: each file has its own bound, and a ref has many files.
 HEADERS_BOUND: Final = 300.0
+HEADERS_WAIT: Final = 60.0  # for those that `add` fetches in the background
 
 # What `status` says of a ref as a whole, beside the engine's word on each of its files.
 _SUMS: Final = ("size_bytes", "present_bytes", "complete", "trust")
@@ -142,6 +143,12 @@ class EngineOperations:
 
         return self._jobs.start("verify", names, work, lambda: dict(checked)).document()
 
+    async def headers(self, ref: str, *, wait: float) -> Document:
+        """Wait for them."""
+        name = self._stored(_canonical(ref)).manifest.ref
+        within = min(max(wait, 0.0), HEADERS_WAIT)
+        return {"ref": name, "ready": await self._engine.headers_ready(name, within=within)}
+
     async def details(self, ref: str, *, fetch: bool = False) -> Document:
         """Look into headers."""
         name = self._stored(_canonical(ref)).manifest.ref
@@ -154,7 +161,10 @@ class EngineOperations:
         """Look into headers and chunk sets."""
         name = self._stored(_canonical(ref)).manifest.ref
         with _headers_bound(name):
-            return await self._engine.tensor_map(name, layers=layers, fetch=fetch)
+            document = await self._engine.tensor_map(name, layers=layers, fetch=fetch)
+        # The rest is plain, too much to be gone through here, and free of URLs.
+        document["files"] = [{**file, "problem": to_json(file["problem"])} for file in document["files"]]
+        return document
 
     async def job(self, job_id: str, *, wait: float) -> Document:
         """Poll."""

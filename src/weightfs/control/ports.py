@@ -148,6 +148,10 @@ class EngineLike(Protocol):
         """A tree of frozen dataclasses."""
         ...
 
+    async def headers_ready(self, ref_text: str, /, *, within: float) -> bool:
+        """Wait, at most `within` seconds, for what `add` and `update` fetch in the background; whether it is there."""
+        ...
+
     async def details(self, ref_text: str, /, *, fetch: bool = False) -> object:
         """`engine.details.RefDetails`. KeyError."""
         ...
@@ -194,6 +198,10 @@ class Operations(Protocol):
 
     async def start_verify(self, refs: Sequence[str], *, repair: bool) -> Document:
         """Begin to re-hash what is cached of `refs` (of all, if empty); the job's document."""
+        ...
+
+    async def headers(self, ref: str, *, wait: float) -> Document:
+        """Whether the small files and headers of `ref` are there, or given up: `{ref, ready}`, after at most `wait`."""
         ...
 
     async def details(self, ref: str, *, fetch: bool = False) -> Document:

@@ -96,6 +96,7 @@ def make_app(operations: Operations) -> Starlette:
             ("POST", "/v1/pin", _pin),
             ("POST", "/v1/fill", _fill),
             ("POST", "/v1/verify", _verify),
+            ("GET", "/v1/headers", _headers),
             ("GET", "/v1/details", _details),
             ("GET", "/v1/map", _map),
             ("GET", "/v1/jobs/{job}", _job),
@@ -144,6 +145,10 @@ async def _fill(operations: Operations, request: Request) -> Document:
 async def _verify(operations: Operations, request: Request) -> Document:
     body = await _body(request)
     return await operations.start_verify(_texts(body, "refs"), repair=_flag(body, "repair"))
+
+
+async def _headers(operations: Operations, request: Request) -> Document:
+    return await operations.headers(_query(request, "ref"), wait=_seconds(request))
 
 
 async def _details(operations: Operations, request: Request) -> Document:

@@ -133,17 +133,15 @@ class Details:
             else:
                 verified.clear()
             seen.append(_Seen(part, header, state, problem, cached, verified))
+            await trio.lowlevel.checkpoint()  # a data set has many thousands of files
         return seen
 
     async def _header(self, part: Part, *, fetch: bool, room: bool) -> _Answer:
         if not is_model_file(part.path):
             return None, HeaderState.NONE, ""
         if not part.readable:
-            return (
-                None,
-                HeaderState.WITHHELD,
-                f"it is {part.state.trust}, and the policy is {part.state.policy}",
-            )
+            why = f"it is {part.state.trust}, and the policy is {part.state.policy}"
+            return None, HeaderState.WITHHELD, why
         if not room:
             return None, HeaderState.MISSING, f"the files before it have over {MAX_TENSORS} tensors"
         seconds = FETCH_SECONDS if fetch else READ_SECONDS

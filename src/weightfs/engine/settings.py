@@ -36,6 +36,9 @@ class EngineSettings:
     workers: int = field(default_factory=default_workers)  # 0: fetch in this process
     fill: FillMode = FillMode.OPENED
     keep_pinned: bool = True  # complete pinned refs in the background, whatever `fill` says
+    headers_first: bool = (
+        False  # fetch small files and headers when a ref is pinned; off: nothing but what is read
+    )
     policy: Policy = Policy.PROVISIONAL
     read_timeout: float = 600.0  # a read that waits longer fails; 0: it waits for ever
     readahead_bytes: int = 64 * MIB  # largest window of one sequential stream

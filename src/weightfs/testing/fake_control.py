@@ -159,6 +159,13 @@ class FakeControlEngine:
         self._fail()
         return self.report
 
+    async def headers_ready(self, ref_text: str, *, within: float) -> bool:
+        """Once the gate is open."""
+        del ref_text  # all alike
+        with trio.move_on_after(within):
+            await self.gate.wait()
+        return self.gate.is_set()
+
     async def details(self, ref_text: str, *, fetch: bool = False) -> dict[str, Any]:
         """Of one model; `fetch` comes back as its number of tensors."""
         await trio.lowlevel.checkpoint()
@@ -170,7 +177,8 @@ class FakeControlEngine:
         """What was asked for."""
         await trio.lowlevel.checkpoint()
         self._fail()
-        return {"ref": ref_text, "by": "layer" if layers else "tensor", "files": [], "fetch": fetch}
+        files = [{"path": "models/m", "problem": "https://u:p@h/m?token=1 is gone"}]
+        return {"ref": ref_text, "by": "layer" if layers else "tensor", "files": files, "fetch": fetch}
 
     def status(self) -> dict[str, Any]:
         """A small part of the engine's."""
