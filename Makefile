@@ -4,12 +4,14 @@ BIN := .venv/bin
 ROUNDS ?= 5
 SIZE ?= 1024
 ARGS ?=
+PREFIX ?= /usr/local
+DESTDIR ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench soak lock clean
+.PHONY: help setup demo test lint format bench soak lock install uninstall clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install the Debian packages and the virtual environment that the others need.
 	@.ci/setup
@@ -40,13 +42,19 @@ bench: ## Measure beside curl, aria2 and rclone into build/bench.{txt,json}. ROU
 	@$(BIN)/python tests/bench/bench.py --rounds $(ROUNDS) --size $(SIZE) $(ARGS)
 
 soak: setup ## The model, property and crash tests for a long time (Hypothesis profile "soak").
-	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model tests/faults
+	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model tests/faults tests/systemd
 
 lock: setup ## Resolve the dependencies of pyproject.toml again into .lock/.
 	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 pyproject.toml -o .lock/run.txt
 	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 --group dev pyproject.toml -o .lock/dev.txt
 	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 --group pyproject.toml:build \
 	  -c .lock/dev.txt -o .lock/build.txt
+
+install: ## Install weightfs and its systemd units. PREFIX=/usr/local, DESTDIR=, PYTHON=/usr/bin/python3. See docs/systemd.md.
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' systemd/install.sh install
+
+uninstall: ## Remove what `make install` has put there (same PREFIX and DESTDIR), and nothing else.
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' systemd/install.sh uninstall
 
 clean: ## Remove everything that was built, the virtual environment too.
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

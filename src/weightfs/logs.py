@@ -2,7 +2,8 @@
 
 Rules: every record passes `redact` after formatting, so that a secret in an argument or a traceback is caught
 too. A message repeated more than `BURST` times within `WINDOW` seconds is counted instead of written, and the
-count is told with the next one that passes. Under systemd (JOURNAL_STREAM) the line has no time.
+count is told with the next one that passes. Where stderr is systemd's journal (JOURNAL_STREAM), a line has no time, and
+begins with its priority, which the journal takes off.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TextIO
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -25,6 +26,8 @@ BURST: Final = 5
 WINDOW: Final = 60.0  # seconds
 MAX_KEYS: Final = 1024  # distinct messages remembered by the rate limit
 MAX_LINE: Final = 8192  # characters; a longer record is cut
+# sd-daemon(3): what `journalctl -p` selects by; the numbers are those of syslog(3).
+PRIORITIES: Final = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>", "ERROR": "<3>", "CRITICAL": "<2>"}
 HANDLER_NAME: Final = "weightfs"
 LOG_FILE_BYTES: Final = 10 * 1024 * 1024  # of each of the two files that a detached daemon keeps
 
@@ -90,9 +93,10 @@ class RateLimit(logging.Filter):
 class LineFormatter(logging.Formatter):
     """`2026-01-31T12:00:00Z WARNING weightfs.engine: text`, redacted, on one line."""
 
-    def __init__(self, *, with_time: bool, tracebacks: bool) -> None:
+    def __init__(self, *, with_time: bool, tracebacks: bool, to_journal: bool = False) -> None:
         super().__init__()
         self._with_time = with_time
+        self._to_journal = to_journal
         self._tracebacks = tracebacks
 
     def format(self, record: logging.LogRecord) -> str:
@@ -100,7 +104,10 @@ class LineFormatter(logging.Formatter):
         head = f"{record.levelname} {record.name}: "
         if self._with_time:
             head = f"{_timestamp(record)} {head}"
-        return head + one_line(redact(self._text(record)))
+        return self._priority(record) + head + one_line(redact(self._text(record)))
+
+    def _priority(self, record: logging.LogRecord) -> str:
+        return PRIORITIES.get(record.levelname, "") if self._to_journal else ""
 
     def _text(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
@@ -126,11 +133,20 @@ class JsonFormatter(LineFormatter):
             "logger": record.name,
             "message": one_line(redact(self._text(record))),
         }
-        return json.dumps(fields, ensure_ascii=False)
+        return self._priority(record) + json.dumps(fields, ensure_ascii=False)
 
 
 def _timestamp(record: logging.LogRecord) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether JOURNAL_STREAM (systemd.exec(5)) is about this stream: it may be inherited from a terminal's session."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def set_up(level: LogLevel, *, as_json: bool = False, file: Path | None = None) -> None:
@@ -144,11 +160,9 @@ def set_up(level: LogLevel, *, as_json: bool = False, file: Path | None = None) 
     else:
         handler = RotatingFileHandler(file, maxBytes=LOG_FILE_BYTES, backupCount=1, encoding="utf-8")
     tracebacks = level == "debug"
-    if as_json:
-        handler.setFormatter(JsonFormatter(with_time=True, tracebacks=tracebacks))
-    else:
-        with_time = file is not None or "JOURNAL_STREAM" not in os.environ
-        handler.setFormatter(LineFormatter(with_time=with_time, tracebacks=tracebacks))
+    to_journal = file is None and _is_journal(sys.stderr)
+    kind = JsonFormatter if as_json else LineFormatter
+    handler.setFormatter(kind(with_time=not to_journal, tracebacks=tracebacks, to_journal=to_journal))
     if level != "debug":
         handler.addFilter(RateLimit())
     handler.set_name(HANDLER_NAME)

@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 from weightfs.cli import cli
 from weightfs.cli.adding import Outcome, update_line
 from weightfs.cli.looking import long_lines
+from weightfs.core.ref import parse_ref
+from weightfs.testing.repositories import MemoryRepository
 
 DATA = bytes(range(256)) * 4096
 
@@ -111,6 +113,46 @@ def test_pin_and_unpin(tmp_path: Path) -> None:
     none = f"file://{tmp_path}/none.gguf"
     assert "is not in the cache" in run(tmp_path, "pin", none, code=2).stderr
     run(tmp_path, "rm", two)
+
+
+@pytest.fixture
+def repository(monkeypatch: pytest.MonkeyPatch) -> MemoryRepository:
+    made = MemoryRepository()
+    for module in ("engine", "worker"):
+        monkeypatch.setattr(f"weightfs.engine.{module}.open_source", made.open_source)
+    return made
+
+
+def test_a_repository_of_small_files_is_pulled_and_verified(
+    tmp_path: Path, repository: MemoryRepository
+) -> None:
+    """What has git's SHA-1 alone is proven by it: the command ends with 0."""
+    ref = parse_ref("hf://org/name")
+    repository.push(ref, {f"dir/{number}.json": b"%d" % number for number in range(40)} | {"empty": b""})
+    done = run(tmp_path, "pull", "-q", "--workers", "0", "hf://org/name")
+    assert (done.stdout, done.stderr) == (f"{ref}: 70 B, verified\n", "")
+    blobs = json.loads(run(tmp_path, "ls", "--json").stdout)["refs"][0]["blobs"]
+    assert {(blob["sha256"], blob["digest"][:9], blob["trust"]) for blob in blobs} == {
+        ("", "git-sha1:", "verified")
+    }
+    repository.contents.clear()
+    run(tmp_path, "pull", "-q", "--workers", "0", "hf://org/name")
+    run(tmp_path, "verify")
+
+
+def test_every_spelling_of_an_ollama_name_is_one_model(tmp_path: Path, repository: MemoryRepository) -> None:
+    ref = parse_ref("ollama://aya:8b")
+    repository.push(ref, {"model.gguf": DATA}, digest="sha256")
+    run(tmp_path, "add", "ollama://aya:8b")
+    assert run(tmp_path, "add", "ollama://AYA:8B", "ollama://library/aya:8b").stdout.startswith(f"{ref}: ")
+    assert run(tmp_path, "pin", "ollama://Aya:8b").stdout.startswith(f"{ref}: pinned")
+    assert (
+        run(tmp_path, "pull", "-q", "--workers", "0", "ollama://Aya:8B").stdout
+        == f"{ref}: 1.0 MiB, verified\n"
+    )
+    assert run(tmp_path, "update", "ollama://Aya:8B").stdout.startswith(f"{ref}: unchanged, sha256:")
+    assert run(tmp_path, "rm", "ollama://Aya:8B").stdout.startswith(f"{ref}: ")
+    assert run(tmp_path, "ls").stdout == ""
 
 
 @pytest.mark.parametrize("command", ["update", "pin", "unpin"])

@@ -278,6 +278,12 @@ def test_a_mount_is_recorded_while_it_lives(tmp_path: Path) -> None:
     assert list((tmp_path / "weightfs").iterdir()) == []
 
 
+def test_a_service_has_a_runtime_directory_of_its_own(tmp_path: Path) -> None:
+    env = {"RUNTIME_DIRECTORY": f"{tmp_path}/first:{tmp_path}/second", "XDG_RUNTIME_DIR": "/elsewhere"}
+    assert registry.runtime_directory(env) == tmp_path / "first"
+    assert registry.runtime_directory({**env, "RUNTIME_DIRECTORY": "here"}) == Path("/elsewhere/weightfs")
+
+
 def test_a_record_of_somebody_else_is_not_believed_nor_removed(tmp_path: Path) -> None:
     env = {"XDG_RUNTIME_DIR": str(tmp_path)}
     with registry.registered(Path("/mnt/x"), tmp_path, env):
@@ -333,6 +339,8 @@ def test_the_service_manager_is_told(tmp_path: Path, abstract: bool) -> None:
 def test_without_a_service_manager() -> None:
     assert not notify.notify("READY=1", {})
     assert not notify.notify("READY=1", {"NOTIFY_SOCKET": "vsock:2:1"})
+    assert not notify.has_manager({"NOTIFY_SOCKET": "vsock:2:1"})
+    assert notify.has_manager({"NOTIFY_SOCKET": "@abstract"})
     assert not notify.notify("READY=1", {"NOTIFY_SOCKET": "/no/such/socket"})
 
 

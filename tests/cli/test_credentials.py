@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from pathlib import Path
 
@@ -92,6 +93,16 @@ def test_one_that_is_only_looked_for_may_be_broken(home: Path, caplog: pytest.Lo
         assert hub_token(config_of(home), env) == ""
     assert "asked without a token" in caplog.text
     assert SECRET not in caplog.text
+
+
+def test_where_nobody_may_look_there_is_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    env = {"HOME": str(home / "closed"), "CREDENTIALS_DIRECTORY": str(home / "closed")}
+    config = load({}, env=env)
+    assert (hub_token(config, env), registry_auth_file(config, env)) == ("", None)
 
 
 def test_where_the_hub_is(home: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from weightfs.app.ollama_store import RECORD
@@ -32,6 +32,7 @@ letters = st.characters(min_codepoint=32, exclude_characters="/\x7f", exclude_ca
 # --- the words
 
 
+@example('100% %n \\ "q" $x', "ollama")
 @given(st.text(letters, max_size=20), st.sampled_from(RUNTIMES))
 def test_systemd_reads_back_what_was_meant(name: str, runtime: str) -> None:
     """By the rules of systemd.syntax(7), undone here."""
@@ -274,6 +275,18 @@ def test_models_that_change_or_go_are_followed(stage: Stage) -> None:
 
 
 @pytest.mark.mount
+def test_a_model_that_ollama_pulled_again_since_is_ollamas_own(stage: Stage) -> None:
+    stage.put("aya:8b", "model.gguf")
+    stage.link()
+    theirs = stage.store / "manifests" / AYA
+    theirs.write_text('{"layers": [], "config": {}}')
+    assert stage.link() == {"kept": [AYA]}
+    stage.mounted.call("unpin", ref="ollama://aya:8b")
+    assert AYA not in stage.link()["removed"]
+    assert theirs.read_text() == '{"layers": [], "config": {}}'
+
+
+@pytest.mark.mount
 def test_a_mount_at_another_place_moves_the_links(stage: Stage) -> None:
     stage.put("aya:8b", "model.gguf")
     stage.link()
@@ -294,7 +307,8 @@ def test_a_link_of_somebody_else_and_a_spoilt_record_are_left_alone(stage: Stage
     assert os.readlink(blob) == "/big/disk/" + blob.name
     outside = stage.store.parent / "outside"
     outside.write_text("precious")
-    record = {"manifests": {"../../outside": "0"}, "blobs": ["../../outside", blob.name]}
+    digest = hashlib.sha256(b"precious").hexdigest()
+    record = {"manifests": {"../../outside": digest}, "blobs": ["../../outside", blob.name]}
     (stage.store / RECORD).write_text(json.dumps(record))
     stage.mounted.call("unpin", ref="ollama://aya:8b")
     assert stage.link() == {}

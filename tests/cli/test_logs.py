@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,10 +129,28 @@ def test_set_up_replaces_itself_and_writes_to_a_file(
     assert capsys.readouterr().err == ""
 
 
-def test_under_systemd_the_line_has_no_time(
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_line_for_the_journal_has_a_priority_and_no_time(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    stderr = os.fstat(2)
+    monkeypatch.setattr("sys.stderr", open(2, "w", closefd=False))  # noqa: SIM115 - of the process, not pytest's
+    monkeypatch.setenv("JOURNAL_STREAM", f"{stderr.st_dev}:{stderr.st_ino}")
+    logs.set_up("info", as_json=as_json)
+    logging.getLogger("weightfs.engine").info("told")
+    logging.getLogger("weightfs.engine").error("told")
+    lines = capfd.readouterr().err.splitlines()
+    if as_json:
+        assert [json.loads(line[3:])["message"] for line in lines] == ["told", "told"]
+        assert [line[:3] for line in lines] == ["<6>", "<3>"]
+    else:
+        assert lines == ["<6>INFO weightfs.engine: told", "<3>ERROR weightfs.engine: told"]
+
+
+def test_a_terminal_in_a_session_of_systemd_is_no_journal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("JOURNAL_STREAM", "8:1")
     logs.set_up("info")
     logging.getLogger("weightfs.engine").info("told")
-    assert capsys.readouterr().err == "INFO weightfs.engine: told\n"
+    assert re.fullmatch(r"\d{4}-\S+Z INFO weightfs.engine: told\n", capsys.readouterr().err)

@@ -58,9 +58,11 @@ async def test_a_tag_that_goes_back_is_reported(
         for data in (B, C, A, B):
             repository.push(REF, {"m": data})
             found.append(await outcome(engine))
+        repository.push(REF, {"m": C})
+        await engine.add(REF, refresh=True)  # as `pull --refresh` does
     assert found == [Outcome.UPDATED, Outcome.UPDATED, Outcome.ROLLED_BACK, Outcome.ROLLED_BACK]
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert len([record for record in warnings if "went back to an older digest" in record.message]) == 2
+    assert len([record for record in warnings if "went back to an older digest" in record.message]) == 3
 
 
 async def test_a_rollback_is_seen_after_a_restart(repository: MemoryRepository, tmp_path: Path) -> None:
@@ -90,7 +92,8 @@ async def test_what_only_the_old_one_had_goes_when_nobody_has_it_open(
         with pytest.raises(KeyError):
             engine.blob_status(gone)
         assert engine.blob_status(stays).trust == Trust.VERIFIED
-        assert sorted(path.name for path in (tmp_path / "cache" / "blobs").iterdir()) == [str(stays)]
+        kept = {path.name for path in (tmp_path / "cache" / "blobs").iterdir()}
+        assert (str(gone) in kept, str(stays) in kept) == (False, True)
 
 
 async def test_an_origin_that_fails_leaves_everything_as_it_was(

@@ -36,7 +36,7 @@ SECONDS = 30
 
 
 async def added(engine: Engine) -> Blob:
-    return (await engine.add(REF)).entries[0].blob
+    return (await engine.add(REF, headers=False)).entries[0].blob
 
 
 async def complete(engine: Engine) -> None:

@@ -50,7 +50,7 @@ async def test_a_pin_completes_what_is_there_and_what_comes(
     repository.push(OTHER, {"three": b"x"})
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         for ref in (REF, OTHER):
-            await engine.add(ref)
+            await engine.add(ref, headers=False)
         await engine.quiet()
         assert present(engine) == 0
         await engine.pin(str(REF), pinned=True)
@@ -68,7 +68,7 @@ async def test_a_pin_completes_what_is_there_and_what_comes(
 async def test_a_pin_outlives_the_process(repository: MemoryRepository, tmp_path: Path) -> None:
     repository.push(REF, {"one": A})
     async with running_engine(tmp_path / "cache", IDLE) as engine:
-        await engine.add(REF)
+        await engine.add(REF, headers=False)
         await engine.pin(str(REF), pinned=True)
     async with running_engine(tmp_path / "cache", IDLE) as engine:
         await engine.quiet()
@@ -92,7 +92,7 @@ async def test_a_pin_that_is_taken_back_stops_the_fetching(
     repository.push(REF, {"one": BIG}, digest="sha256")
     repository.gate = trio.Event()
     async with running_engine(tmp_path / "cache", LAZY) as engine:
-        await engine.add(REF)
+        await engine.add(REF, headers=False)
         await engine.pin(str(REF), pinned=True)
         await trio.testing.wait_all_tasks_blocked(0.05)
         await engine.pin(str(REF), pinned=False)
@@ -110,8 +110,8 @@ async def test_but_not_what_somebody_else_wants(
         repository.push(ref, {"one": BIG}, digest="sha256")
     repository.gate = trio.Event()
     async with running_engine(tmp_path / "cache", replace(LAZY, fill=FillMode.OPENED)) as engine:
-        blob = (await engine.add(REF)).entries[0].blob.id
-        await engine.add(OTHER)
+        blob = (await engine.add(REF, headers=False)).entries[0].blob.id
+        await engine.add(OTHER, headers=False)
         await engine.pin(str(REF), pinned=True)
         async with trio.open_nursery() as nursery:
             match wanted_by:
@@ -137,7 +137,7 @@ async def test_removing_a_pinned_ref_takes_its_pin_along(
     repository.gate = trio.Event()
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         for ref in (REF, OTHER):
-            await engine.add(ref)
+            await engine.add(ref, headers=False)
         await engine.pin(str(REF), pinned=True)
         await trio.testing.wait_all_tasks_blocked(0.05)
         await engine.remove(str(REF))
@@ -145,8 +145,26 @@ async def test_removing_a_pinned_ref_takes_its_pin_along(
         await engine.quiet()
         assert present(engine) < len(BIG)
         repository.push(REF, {"one": A})
-        await engine.add(REF)
+        await engine.add(REF, headers=False)
         assert [ref.pinned for ref in engine.status().refs] == [False, False]
+
+
+async def test_what_the_disk_loses_of_a_pinned_ref_comes_back(
+    repository: MemoryRepository, tmp_path: Path
+) -> None:
+    repository.push(REF, {"one": BIG[: 3 * MIB]}, digest="sha256")
+    async with running_engine(tmp_path / "cache", LAZY) as engine:
+        blob = (await engine.add(REF, headers=False)).entries[0].blob.id
+        await engine.pin(str(REF), pinned=True)
+        await until_complete(engine, "one")
+    async with running_engine(tmp_path / "cache", LAZY) as engine:
+        with (tmp_path / "cache" / "blobs" / str(blob)).open("r+b") as file:
+            file.write(b"rot")
+        report = await engine.verify(str(REF), repair=False)
+        assert len(report.bad) == 1
+        await engine._holdings.drop_bad(engine._catalog.state(blob), [0])  # as a reader who meets it does
+        await until_complete(engine, "one")
+        assert engine.blob_status(blob).present_bytes == 3 * MIB
 
 
 async def test_a_full_disk_is_tried_again(
@@ -155,7 +173,7 @@ async def test_a_full_disk_is_tried_again(
     repository.push(REF, {"one": A})
     monkeypatch.setattr(keeping, "RETRY_SECONDS", 0.01)
     async with running_engine(tmp_path / "cache", LAZY) as engine:
-        await engine.add(REF)
+        await engine.add(REF, headers=False)
         prepare, failures = engine._holdings.prepare, iter([NoSpaceError("the disk is full")] * 2)
 
         async def failing(state: object) -> bool:
@@ -176,7 +194,7 @@ async def test_many_small_files_are_fetched_side_by_side(
     repository.push(OTHER, contents)
     repository.gate = trio.Event()
     async with running_engine(tmp_path / "cache", LAZY) as engine:
-        await engine.add(OTHER)
+        await engine.add(OTHER, headers=False)
         with trio.fail_after(SECONDS):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.complete, str(OTHER))

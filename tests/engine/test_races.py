@@ -39,7 +39,7 @@ async def opened(
     root: Path, settings: EngineSettings = LAZY
 ) -> AsyncIterator[tuple[Engine, Origin, Ref, BlobId]]:
     async with published_origin(DATA) as (origin, ref), running_engine(root, settings) as engine:
-        blob = (await engine.add(ref)).entries[0].blob.id
+        blob = (await engine.add(ref, headers=False)).entries[0].blob.id
         with trio.fail_after(SECONDS):
             yield engine, origin, ref, blob
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from weightfs.errors import MountError
+from weightfs.mount import mounttable
 from weightfs.mount.mounttable import Health, Mount, bounded, canonical, parse_mountinfo, probe
 
 TEXT = """\
@@ -47,3 +48,18 @@ def test_bounded_work_gives_its_result_its_error_or_up() -> None:
     with pytest.raises(MountError, match="did not answer within"):
         bounded(release.wait, 0.01, "it")
     release.set()
+
+
+def test_a_stale_mount_that_cannot_be_detached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: Path, *, lazy: bool) -> None:
+        raise PermissionError(1, f"fusermount3 says no, {lazy=}")
+
+    monkeypatch.setattr(
+        mounttable, "mounts_at", lambda _path: [Mount(1, "0:9", "/m", mounttable.FSTYPE, "weightfs")]
+    )
+    monkeypatch.setattr(mounttable, "probe", lambda _path: Health.STALE)
+    monkeypatch.setattr(mounttable, "take_away", refuse)
+    with pytest.raises(
+        MountError, match=r"could not be detached \(fusermount3 says no, lazy=True\); try: umount"
+    ):
+        mounttable.detach_stale(Path("/m"))

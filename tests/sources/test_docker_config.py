@@ -159,6 +159,16 @@ async def test_helpers_with_names_that_are_no_words_are_not_run(path: Path, help
     assert not (helper / "asked").exists()
 
 
+async def test_a_helper_is_not_looked_for_in_a_folder(
+    path: Path, helper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(helper)
+    (helper / "docker-credential-a").mkdir()
+    (helper / "docker-credential-test").rename(helper / "docker-credential-a" / "b")
+    assert await found(path, {"credsStore": "a/b"}) is None
+    assert not (helper / "asked").exists()
+
+
 async def test_helpers_that_are_not_there(path: Path, helper: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert await found(path, {"credsStore": "absent"}) is None
     assert "docker-credential-absent cannot be run" in caplog.text

@@ -18,6 +18,7 @@ from trio.testing import MockClock
 from weightfs.core.artifact import DOCKER_INDEX, DOCKER_MANIFEST, Descriptor
 from weightfs.core.geometry import MIB
 from weightfs.core.manifest import Manifest, Policy, Trust
+from weightfs.core.mirror_rules import PrefixRule
 from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import ChunkListError, FailureKind, IntegrityError, SourceError
@@ -322,6 +323,17 @@ async def test_any_other_chunk_list_is_not_missed(
     assert not caplog.records
 
 
+async def test_a_chunk_list_from_elsewhere_is_not_trusted() -> None:
+    raw = manifest({"mediaType": OLLAMA + "model", "digest": "sha256:" + "0" * 64, "size": BIG})
+    async with serving(raw) as (origin, ref), open_origin({"/sums": chunksums()}) as away:
+        path = f"/v2/library/m/chunksums/sha256:{'0' * 64}"
+        origin.always[path] = Fault(FaultKind.REDIRECT, location=away.url("/sums"))
+        blob = (await resolve(ref)).entries[0].blob
+        assert blob.chunk_list is not None
+        assert blob.initial_trust is Trust.PROVISIONAL
+        assert (await resolve(ref, policy=Policy.STRICT)).entries[0].blob.chunk_list is None
+
+
 def test_what_a_regular_chunk_list_is() -> None:
     shuffled = b"\n".join(reversed(chunksums().splitlines())) + b"\r\n\n"
     assert read_chunksums(shuffled, big()) == read_chunksums(chunksums(), big()) is not None
@@ -336,6 +348,19 @@ def test_what_a_regular_chunk_list_is() -> None:
 
 
 # ---- through the whole engine
+
+
+async def test_a_mirror_rule_holds_for_layers(tmp_path: Path) -> None:
+    with DockerRegistry() as gone, DockerRegistry(auth=Auth.TOKEN) as mirror:
+        for one in (gone, mirror):
+            push_ollama(one, "library/x:latest", PARTS)
+        rule = PrefixRule(f"{gone.base}/v2/", f"{mirror.base}/v2/")
+        settings = EngineSettings(workers=0, fill=FillMode.NEVER, mirrors=(rule,))
+        async with running_engine(tmp_path / "cache", settings) as engine:
+            ref = parse_ref(f"ollama://{gone.host}/library/x:latest")
+            await engine.add(ref)
+            gone.stop()
+            await engine.complete(str(ref))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

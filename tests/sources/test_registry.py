@@ -50,6 +50,7 @@ from weightfs.testing.registry import (
 )
 from weightfs.testing.sources import read_entry
 from weightfs.testing.tls import make_tls
+from weightfs.testing.token_server import reply, serve, stop_server
 
 GGUF = b"GGUF" + random.Random(5).randbytes(3 * MIB)
 PARTS = {"model": GGUF, "template": b"{{ .Prompt }}"}
@@ -130,7 +131,9 @@ async def test_a_private_model_with_credentials(guarded: DockerRegistry, tmp_pat
 
 async def test_a_private_model_without_credentials_says_to_log_in(guarded: DockerRegistry) -> None:
     guarded.tokens.public = False
-    with pytest.raises(SourceError, match=f"without credentials; run docker login {guarded.host}") as caught:
+    with pytest.raises(
+        SourceError, match=f"without credentials: .* run docker login {guarded.host}"
+    ) as caught:
         await resolve(guarded)
     assert caught.value.kind is FailureKind.AUTH
 
@@ -569,6 +572,54 @@ async def test_who_asks_for_the_others_may_be_cancelled() -> None:
                 first.cancel()
         assert bodies == [DATA]
         await client.aclose()
+
+
+# ---- what error documents mean
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "words"),
+    [
+        (
+            404,
+            b'{"errors":[{"code":"NAME_UNKNOWN"}]}',
+            "not_found",
+            r"has no repository library/x.*\(NAME_UNKNOWN\)",
+        ),
+        (404, b'{"errors":[{"code":"MANIFEST_UNKNOWN"}]}', "not_found", "has no tag latest of library/x"),
+        (404, b"<html>", "not_found", r"has no tag latest of library/x.*\(status 404\)"),
+        (403, b'{"errors":[{"code":"DENIED"}]}', "auth", r"is private or does not exist.*\(DENIED\)"),
+        (
+            401,
+            b'{"errors":[1,{"code":7},{"code":"<b>"}]}',
+            "auth",
+            r"is private or does not exist.*\(status 401\)",
+        ),
+        (401, b"[" * 10_000, "auth", "docker login"),
+        (400, b'{"errors":"x"}', "protocol", "refuses the request"),
+        (429, b'{"errors":[{"code":"TOOMANYREQUESTS"}]}', "busy", "log in with docker login"),
+    ],
+)
+async def test_what_error_documents_mean(status: int, body: bytes, kind: str, words: str) -> None:
+    server = serve(lambda request: reply(request, status, body))
+    try:
+        async with opened() as source:
+            with pytest.raises(SourceError, match=words) as caught:
+                await source.resolve(parse_ref(f"ollama://127.0.0.1:{server.server_port}/{NAME}"))
+        assert (caught.value.kind, caught.value.status) == (FailureKind(kind), status)
+    finally:
+        stop_server(server)
+
+
+async def test_credentials_over_plain_http_are_not_missed_silently(guarded: DockerRegistry) -> None:
+    guarded.tokens.lifetime = -3600
+    endpoints = (("public.lan", f"http://public.lan:{guarded.port}"),)
+    client = HttpClient(
+        FetchSettings(retry=0, endpoints=endpoints, private_hosts=("127.0.0.1",)), backend=Elsewhere()
+    )
+    async with OllamaSource(client) as source:
+        with pytest.raises(SourceError, match="which are not sent over plain http"):
+            await source.resolve(parse_ref(f"ollama://public.lan/{NAME}"))
 
 
 # ---- WWW-Authenticate

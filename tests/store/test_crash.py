@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -15,9 +16,9 @@ import pytest
 
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import BlobId
-from weightfs.errors import CacheError
-from weightfs.store import ledger
-from weightfs.store.cache import Cache, ChunkState, Landing
+from weightfs.errors import CacheError, DiskFault
+from weightfs.store import ledger, sparse
+from weightfs.store.cache import SYNCS_AT_ONCE, Cache, ChunkState, Landing
 from weightfs.store.index import Index, Txn
 from weightfs.store.sparse import SparseFiles
 from weightfs.testing.caches import Sample
@@ -204,6 +205,64 @@ def test_and_this_test_notices_the_other_order(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(SparseFiles, "sync", lambda self, blob: late.append((self, blob)))
     monkeypatch.setattr(Cache, "commit", swapped)
     assert land_some(tmp_path, monkeypatch).broken
+
+
+def test_names_are_on_the_disk_before_records_and_once_for_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [Sample.random(2 * K, seed=seed) for seed in range(40)]
+    cache = Cache.open(tmp_path / "cache", now=1)
+    for number, sample in enumerate(samples):
+        cache.put_ref(sample.manifest(ref=f"https://host/{number}"), now=1)
+    steps: list[str] = []
+    sync, write = sparse.sync_directory, Index.write
+
+    def watched_sync(path: Path) -> None:
+        sync(path)
+        steps.append("names")
+
+    def watched_write(self: Index, job: Callable[[Txn], Any]) -> Any:
+        steps.append("records")
+        return write(self, job)
+
+    monkeypatch.setattr(sparse, "sync_directory", watched_sync)
+    monkeypatch.setattr(Index, "write", watched_write)
+    first = [landing for sample in samples for landing in sample.write(cache, [0])]
+    assert steps == []
+    cache.commit(first, now=2)
+    assert steps[-1] == "records"
+    assert set(steps[:-1]) == {"names"}
+    assert len(steps) <= SYNCS_AT_ONCE + 1
+    steps.clear()
+    cache.commit([landing for sample in samples for landing in sample.write(cache, [1])], now=2)
+    assert steps == ["records"]
+    assert cache.check(deep=True) == []
+    cache.close()
+
+
+def test_a_name_that_does_not_reach_the_disk_records_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [Sample.random(2 * K, seed=seed) for seed in range(3)]
+    cache = Cache.open(tmp_path / "cache", now=1)
+    for number, sample in enumerate(samples):
+        cache.put_ref(sample.manifest(ref=f"https://host/{number}"), now=1)
+
+    def failing(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    landings = [landing for sample in samples for landing in sample.write(cache, [0])]
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse, "sync_directory", failing)
+        with pytest.raises(DiskFault):
+            cache.commit(landings, now=2)
+    for sample in samples:
+        assert len(cache.progress(sample.id).present) == 0
+        cache.drop(sample.id, ChunkSpan(0, 2))
+        sample.land(cache, [0])
+        assert list(cache.progress(sample.id).present) == [0]
+    assert cache.check(deep=True) == []
+    cache.close()
 
 
 def test_records_of_a_drop_go_before_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,13 @@ secret, and none is kept anywhere but in `FetchSettings`, whose repr leaves it o
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from weightfs.config import Config
-from weightfs.config.load import user_directory
+from weightfs.config.load import is_there, user_directory
 from weightfs.config.values import base_url, check_header_value, read_small
 from weightfs.errors import ConfigError
 from weightfs.sources.base import FetchSettings
@@ -49,7 +50,7 @@ def hub_token(config: Config, env: Mapping[str, str]) -> str:
     if credential is not None:
         return _token_of_file(credential, f"the credential {HUB_CREDENTIAL}")
     path = _clients_token_file(env)
-    if not path.is_file():
+    if not is_there(path):
         return ""
     try:
         return _token_of_file(path, "the token of the Hub's own client")
@@ -62,7 +63,7 @@ def registry_auth_file(config: Config, env: Mapping[str, str]) -> str | None:
     """`registry-auth-file`, else the service's credential, else docker's own file, if one is there. ConfigError."""
     if config.registry_auth_file is not None:
         path = config.registry_auth_file
-        if not path.is_file():
+        if not is_there(path):
             raise ConfigError(
                 f"registry-auth-file: there is no file {path}; name one like docker's config.json"
             )
@@ -72,22 +73,21 @@ def registry_auth_file(config: Config, env: Mapping[str, str]) -> str | None:
         return str(credential)
     given = env.get("DOCKER_CONFIG", "")
     path = (Path(given) if given else user_directory(env, "", ".docker")) / "config.json"
-    return str(path) if path.is_file() else None
+    return str(path) if is_there(path) else None
 
 
 def _clients_token_file(env: Mapping[str, str]) -> Path:
     """As huggingface_hub has it: `HF_TOKEN_PATH`, else `$HF_HOME/token`, else in the user's cache directory."""
-    if env.get("HF_TOKEN_PATH"):
-        return Path(env["HF_TOKEN_PATH"])
-    if env.get("HF_HOME"):
-        return Path(env["HF_HOME"]) / "token"
+    for variable, rest in (("HF_TOKEN_PATH", ""), ("HF_HOME", "token")):
+        if env.get(variable):
+            return Path(os.path.expanduser(env[variable])) / rest  # noqa: PTH111  # without a home it stays as it is
     return user_directory(env, "XDG_CACHE_HOME", ".cache") / "huggingface" / "token"
 
 
 def _credential(env: Mapping[str, str], name: str) -> Path | None:
     directory = env.get("CREDENTIALS_DIRECTORY", "")
     path = Path(directory) / name
-    return path if directory and path.is_file() else None
+    return path if directory and is_there(path) else None
 
 
 def _token_of_file(path: Path, place: str) -> str:

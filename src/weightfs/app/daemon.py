@@ -18,7 +18,7 @@ from typing import Final
 
 import trio
 
-from weightfs.app import notify, registry
+from weightfs.app import notify, registry, standing
 from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
@@ -86,17 +86,19 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
 
 async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> None:
     info = ProcessInfo("mount", order.cache, order.mountpoint, int(time.time()))
-    try:
-        async with (
-            take_over(info, order.engine) as engine,
-            trio.open_nursery() as nursery,
-        ):
-            mounted = await nursery.start(_mount, order, engine, nursery.cancel_scope)
-            with registry.registered(mounted.path, order.cache):
+    notify.notify("STATUS=opening the cache")
+    async with (
+        take_over(info, order.engine) as engine,
+        trio.open_nursery() as nursery,
+    ):
+        mounted = await nursery.start(_mount, order, engine, nursery.cancel_scope)
+        with registry.registered(mounted.path, order.cache):
+            try:
                 await _greet(order, engine, mounted, nursery, on_ready)
                 await trio.sleep_forever()
-    finally:
-        notify.notify("STOPPING=1")
+            finally:
+                # Before the end begins: the manager bounds it from here on, and wants no pings any more.
+                notify.notify("STOPPING=1\nSTATUS=unmounting, and committing what has landed")
 
 
 async def _mount(
@@ -122,20 +124,15 @@ async def _greet(
     notify.notify("READY=1")
     interval = notify.watchdog_interval()
     if interval is not None:
-        nursery.start_soon(_ping, mounted, interval)
+        nursery.start_soon(standing.keep_alive, mounted, engine, interval)
+    if notify.has_manager():
+        nursery.start_soon(standing.tell_status, engine)
     known = {identity(stored.manifest.ref) for stored in engine.refs()}
     new = [ref for ref in order.refs if identity(str(ref)) not in known]
     answers = _FirstAnswers(engine, nursery)
     with trio.move_on_after(FIRST_ANSWERS):
         await answers.ask(new)
     on_ready(answers.warnings)
-
-
-async def _ping(mounted: Mounted, interval: float) -> None:
-    while True:
-        if await mounted.probe(interval):
-            notify.notify("WATCHDOG=1")
-        await trio.sleep(interval)
 
 
 class _FirstAnswers:

@@ -3,6 +3,9 @@
 The caller returns when the child serves, or has failed. The child leaves the terminal (setsid, no stdin, output to
 a log file) but keeps one end of a pipe, over which it says one line of JSON. Nothing else runs yet when it is forked:
 no thread, no trio.
+
+Below an automount point nobody gets past the kernel until the mount is complete, but the process group of the service
+manager, in which it runs mount(8) (autofs(5)). A child that was started in that group leaves it only when it serves.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ def _open_log(log_file: Path) -> int:
 def _child(work: Callable[[Ready], int], output: int, writing: int, on_start: Callable[[], None]) -> None:
     code = 1
     told = False
+    managed = _in_managers_group()
 
     def tell(word: dict[str, Any]) -> None:
         nonlocal told
@@ -76,15 +80,21 @@ def _child(work: Callable[[Ready], int], output: int, writing: int, on_start: Ca
             os.write(writing, json.dumps(word).encode()[: MAX_LINE - 1] + b"\n")
             os.close(writing)
 
+    def ready(warnings: Sequence[str]) -> None:
+        if managed:
+            os.setsid()
+        tell({"ready": True, "warnings": list(warnings)})
+
     try:
-        os.setsid()
+        if not managed:
+            os.setsid()
         os.chdir("/")
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
         on_start()
-        code = work(lambda warnings: tell({"ready": True, "warnings": list(warnings)}))
+        code = work(ready)
     except WeightfsError as error:
         code = error.exit_code
         tell(error_to_json(error))
@@ -100,6 +110,13 @@ def _child(work: Callable[[Ready], int], output: int, writing: int, on_start: Ca
         sys.stderr.flush()
         # Not sys.exit: what the parent had begun (a test runner, click) must not be gone through twice.
         os._exit(code)
+
+
+def _in_managers_group() -> bool:
+    try:
+        return os.getpgrp() == os.getpgid(1)
+    except OSError:  # a security module may forbid the question
+        return False
 
 
 def _first_word(pipe: BinaryIO, pid: int, log_file: Path) -> list[str]:

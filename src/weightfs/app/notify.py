@@ -10,10 +10,21 @@ from collections.abc import Mapping
 log = logging.getLogger(__name__)
 
 
+def has_manager(env: Mapping[str, str] | None = None) -> bool:
+    """Whether there is a service manager that wants to be told."""
+    return _address(os.environ if env is None else env) != ""
+
+
+def _address(env: Mapping[str, str]) -> str:
+    """A path, an abstract address with a leading @, or nothing: other kinds (vsock) are not for us."""
+    address = env.get("NOTIFY_SOCKET", "")
+    return address if address.startswith(("/", "@")) else ""
+
+
 def notify(message: str, env: Mapping[str, str] | None = None) -> bool:
     """Send `message` (for example `READY=1`); whether it was sent."""
-    address = (os.environ if env is None else env).get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
+    address = _address(os.environ if env is None else env)
+    if not address:
         return False
     if address.startswith("@"):
         address = "\0" + address[1:]  # an abstract address: unix(7)
@@ -29,7 +40,10 @@ def notify(message: str, env: Mapping[str, str] | None = None) -> bool:
 
 
 def watchdog_interval(env: Mapping[str, str] | None = None) -> float | None:
-    """Seconds between two pings: half of what the service manager allows (sd_watchdog_enabled(3)); None: not asked."""
+    """Half of what the service manager allows from one ping to the next, in seconds (sd_watchdog_enabled(3)).
+
+    None: it did not ask for pings, or not this process.
+    """
     env = os.environ if env is None else env
     try:
         micros = int(env.get("WATCHDOG_USEC", ""))

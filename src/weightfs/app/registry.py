@@ -18,7 +18,13 @@ from pathlib import Path
 
 
 def runtime_directory(env: Mapping[str, str]) -> Path:
-    """`$XDG_RUNTIME_DIR/weightfs`, else `/run/weightfs` for root, else one in the temporary directory."""
+    """RUNTIME_DIRECTORY as systemd gives it to a service that has one, else `$XDG_RUNTIME_DIR/weightfs`.
+
+    Else `/run/weightfs` for root, and one in the temporary directory for others.
+    """
+    service = env.get("RUNTIME_DIRECTORY", "").partition(":")[0]  # systemd.exec(5)
+    if service.startswith("/"):
+        return Path(service)
     given = env.get("XDG_RUNTIME_DIR", "")
     if given.startswith("/"):
         return Path(given) / "weightfs"

@@ -39,7 +39,15 @@ def find_file(explicit: Path | None, env: Mapping[str, str], *, system: Path = S
     if env.get("WEIGHTFS_CONFIG"):
         return Path(env["WEIGHTFS_CONFIG"])
     user = user_directory(env, "XDG_CONFIG_HOME", ".config") / "weightfs" / "config.toml"
-    return next((path for path in (user, system) if path.is_file()), None)
+    return next((path for path in (user, system) if is_there(path)), None)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file; no, where one may not even look (a service with `ProtectHome=`)."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def user_directory(env: Mapping[str, str], variable: str, fallback: str) -> Path:

@@ -24,6 +24,10 @@ MAX_MANIFEST_BYTES: Final = 16 * MIB
 # Ollama keeps a safetensors model as a layer per tensor: the largest published ones have some ten thousands.
 MAX_LAYERS: Final = 32_768
 MAX_MANIFESTS: Final = 1_000  # of an index: one per platform or variant
+# Objects and lists, and values, of a document: several times what MAX_LAYERS layers with annotations have. Counted
+# before anything is made of them: 16 MiB of "{}," would become 400 MB of empty objects.
+MAX_OBJECTS: Final = 4 * MAX_LAYERS
+MAX_VALUES: Final = 32 * MAX_LAYERS
 MAX_ANNOTATION_CHARS: Final = 16_384  # of one value; ModelPack puts a file's metadata into one
 
 DOCKER_MANIFEST: Final = "application/vnd.docker.distribution.manifest.v2+json"
@@ -237,6 +241,8 @@ def _list(value: object, what: str, most: int) -> list[Any]:
 def _json(raw: bytes, what: str) -> object:
     if len(raw) > MAX_MANIFEST_BYTES:
         raise IntegrityError(f"{what} has {len(raw)} bytes; {MAX_MANIFEST_BYTES} are allowed.")
+    if raw.count(b"{") + raw.count(b"[") > MAX_OBJECTS or raw.count(b",") > MAX_VALUES:
+        raise IntegrityError(f"{what} has more parts than {MAX_LAYERS} layers need; so many are allowed.")
     try:
         return json.loads(raw.decode(), object_pairs_hook=_pairs, parse_constant=_no_constant)
     except RecursionError:

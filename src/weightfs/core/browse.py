@@ -2,7 +2,7 @@
 
 Rules: a path names a ref only if that ref's tree is exactly this path, so that what was resolved is found where it was
 looked for. Between the scheme and the ref there are directories that exist as soon as they are named, for nobody has to
-be asked about them. Everything else is nothing, and nobody is asked about that either: hidden names, names that no
+be asked about them. Everything else is nothing, and nobody is asked about that either: hidden names and others that no
 origin can have, whatever lies below a ref. What is ambiguous without asking (OCI repositories of more or less than two
 parts, Ollama registries whose host has neither dot nor port) cannot be browsed.
 """
@@ -34,8 +34,6 @@ def target_of(path: str) -> Ref | Between | None:
     """What `path` (below `models/`, as `hf/Qwen/Qwen3-8B-GGUF/main`) is: a ref, a directory on the way, or nothing."""
     scheme, *parts = path.split("/")
     examples: tuple[str, ...]
-    if any(part.startswith(".") for part in parts):
-        return None
     match scheme:
         case hub.SCHEME:
             prefix = _taken(parts, parts[:1] != [] and parts[0] in hub.KINDS[1:])

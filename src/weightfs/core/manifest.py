@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import re
 from dataclasses import dataclass, replace
 
 from weightfs.core.geometry import BlobShape, ByteSpan
@@ -15,6 +16,8 @@ from weightfs.core.geometry import BlobShape, ByteSpan
 MAX_PATH_BYTES = 1024
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 MAX_MIRRORS = 64
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Trust(enum.StrEnum):
@@ -194,11 +197,11 @@ def check_path(path: str) -> str:
         raise ValueError("the path is empty")
     if len(encoded) > MAX_PATH_BYTES:
         raise ValueError(f"the path has {len(encoded)} bytes; {MAX_PATH_BYTES} are allowed")
-    if any(ord(char) < 32 or ord(char) == 127 for char in path):
+    if _CONTROL.search(path):
         raise ValueError("the path holds a control character")
     for name in path.split("/"):
         if name in ("", ".", ".."):
             raise ValueError(f"the path has the component {name!r}")
-        if len(name.encode()) > MAX_NAME_BYTES:
-            raise ValueError(f"a name in the path has over {MAX_NAME_BYTES} bytes")
+    if len(encoded) > MAX_NAME_BYTES and max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
+        raise ValueError(f"a name in the path has over {MAX_NAME_BYTES} bytes")
     return path

@@ -191,14 +191,20 @@ class Engine:
         async with self._pinning:
             if known is not None and self._catalog.ref(str(ref)) is None:
                 raise ReadError(f"{ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=str(ref))
-            for state in await self._catalog.put(manifest):
-                if self._planner.knows(state.id):
-                    self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
-                    await self._holdings.adopt(state)
-                    self._keeper.begin(state)
-                else:
-                    self._begin(state)
+            with trio.CancelScope(shield=True):  # half of it would be a ref that is known and never shown
+                for state in await self._catalog.put(manifest):
+                    if self._planner.knows(state.id):
+                        self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
+                        await self._holdings.adopt(state)
+                        self._keeper.begin(state)
+                    else:
+                        self._begin(state)
         self.on_change()
+        if known is not None and _move(known, manifest.revision) is Outcome.ROLLED_BACK:
+            log.warning(
+                "%s went back to an older digest: from %s to %s",
+                ref, known.manifest.revision, manifest.revision,
+            )  # fmt: skip
         await self._tidy()
         return manifest
 
@@ -206,12 +212,8 @@ class Engine:
         """Ask what a known ref is now, and follow it there. KeyError if it is unknown; else as `add`."""
         before = self._known(ref_text)
         await self.add(parse_ref(before.manifest.ref), refresh=True)
-        old, new = before.manifest.revision, self._known(ref_text).manifest.revision
-        outcome = Outcome.UNCHANGED if new == old else Outcome.UPDATED
-        if outcome is Outcome.UPDATED and new in before.previous:
-            outcome = Outcome.ROLLED_BACK
-            log.warning("%s went back to an older digest: from %s to %s", before.manifest.ref, old, new)
-        return RefUpdate(before.manifest.ref, old, new, outcome)
+        new = self._known(ref_text).manifest.revision
+        return RefUpdate(before.manifest.ref, before.manifest.revision, new, _move(before, new))
 
     async def browse(self, ref: Ref) -> None:
         """Let a ref be known because somebody looked at its path: as `add`, and nothing of it is fetched."""
@@ -372,6 +374,11 @@ class Engine:
             jobs=describe_jobs(self._planner, now),
         )
 
+    async def probe(self) -> None:
+        """Return when the index has answered a question, in one of the threads that reads use too. CacheError."""
+        nobody = BlobId(bytes(16))
+        await trio.to_thread.run_sync(self._cache.blob, nobody, abandon_on_cancel=True)
+
     def check(self) -> list[str]:
         """Sentences about anything in memory that should not be; empty if all is well and nothing is in flight."""
         problems = self._planner.check()
@@ -398,6 +405,12 @@ class Engine:
         ):
             await self._committer.flush()
             await trio.sleep(0.01)
+
+
+def _move(before: StoredRef, revision: str) -> Outcome:
+    if revision == before.manifest.revision:
+        return Outcome.UNCHANGED
+    return Outcome.ROLLED_BACK if revision in before.previous else Outcome.UPDATED
 
 
 @asynccontextmanager

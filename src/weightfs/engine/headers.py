@@ -126,7 +126,8 @@ class Headers:
         for entry in manifest.entries:
             state = self._catalog.get(entry.blob.id)
             if state is not None:
-                found.append(Part(entry.path, state, entry.span or ByteSpan(0, entry.blob.size)))
+                whole = ByteSpan(0, entry.blob.size)
+                found.append(Part(entry.path, state, whole if entry.span is None else entry.span))
         return found
 
     async def read(self, part: Part, span: ByteSpan, *, fetch: bool) -> bytes:

@@ -43,7 +43,10 @@ class Keeper:
 
     def begin(self, state: BlobState) -> None:
         """Complete the blob in the background if it is to be kept."""
-        if self._wanted(state) and not state.sealed:
+        if not self._wanted(state):
+            return
+        state.filling = True  # also of a whole one: a chunk that the disk loses is fetched again
+        if not state.sealed:
             self._nursery.start_soon(self._keep, state)
 
     def rest(self, state: BlobState) -> None:

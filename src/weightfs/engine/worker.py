@@ -37,6 +37,7 @@ LANDING_THREADS = 8
 NICENESS = 5  # of a worker: the process that answers the kernel goes first
 PATIENT_NICENESS = 15  # of the thread that hashes again
 PR_SET_PDEATHSIG = 1
+CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 
 Send = Callable[[wire.FromWorker], Awaitable[None]]
 
@@ -393,6 +394,17 @@ async def serve(stream: trio.SocketStream) -> None:
         nursery.cancel_scope.cancel()
 
 
+def drop_capabilities() -> None:
+    """Give up what a service was given to mount with (CAP_SYS_ADMIN): this process talks to the network.
+
+    Before there are threads: capset(2) is about one of them. Root keeps what it is: a file:// origin may be anybody's.
+    """
+    if os.geteuid() != 0:
+        header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)  # version, this process
+        none = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice 32 bits each
+        ctypes.CDLL(None, use_errno=True).capset(header, none)
+
+
 def die_with_parent(parent: int) -> None:
     """SIGKILL when the engine's process ends, however it ends: no writer may outlive the owner of the index."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -403,6 +415,7 @@ def die_with_parent(parent: int) -> None:
 def main() -> None:
     """`python -m weightfs.engine.worker FD PARENT_PID`."""
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    drop_capabilities()
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the engine decides
     sys.setswitchinterval(0.001)  # hashing threads and the network share the interpreter

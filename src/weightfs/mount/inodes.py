@@ -187,8 +187,10 @@ def _place(
             conflicts.append(f"A layout's path {path!r} is left out: it ends beyond its blob.")
             continue
         wanted.append((path, entry))
-        parts = path.split("/")
-        directories.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
+        parent = path.rpartition("/")[0]
+        while parent and parent not in directories:
+            directories.add(parent)
+            parent = parent.rpartition("/")[0]
         if isinstance(entry, Dir):
             directories.add(path)
     placed: dict[str, Item] = {path: Dir() for path in directories}
@@ -215,7 +217,8 @@ def _same(one: Item, other: Item) -> bool:
 
 def _part(file: File) -> ByteSpan | None:
     """The span, or None if it is the whole blob: that has one inode, however it is said."""
-    return None if file.span == ByteSpan(0, file.blob.size) else file.span
+    span = file.span
+    return None if span is None or (span.start, span.stop) == (0, file.blob.size) else span
 
 
 def _key(path: str, entry: Item) -> bytes:

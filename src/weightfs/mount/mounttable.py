@@ -168,7 +168,12 @@ def detach_stale(path: Path) -> int:
                 )
             case Health.STALE:
                 _log.warning("Detaching a stale %s mount at %s", top.fstype, path)
-                take_away(path, lazy=True)
+                try:
+                    take_away(path, lazy=True)
+                except OSError as error:
+                    raise MountError(
+                        f"The stale mount at {path} could not be detached ({error.strerror}); try: umount -l {path}"
+                    ) from None
                 if mounts_at(path)[-1:] == [top]:
                     raise MountError(
                         f"The stale mount at {path} could not be detached; try: umount -l {path}"

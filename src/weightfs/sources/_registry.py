@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import partial
 from urllib.parse import urlsplit
 
 import trio
@@ -77,7 +76,8 @@ class Repository:
             if reply.status != 200:
                 raise self._refusal(reply, reference)
             try:
-                return await self._read(reply, reference)
+                # In a thread: 16 MiB take longer to hash and to parse than readers should wait for the loop.
+                return await trio.to_thread.run_sync(self._read, reply, reference)
             except SourceError as error:  # a captive portal, or a proxy's own page: these pass
                 await self._client.back_off(attempt, error)
             attempt += 1
@@ -102,7 +102,7 @@ class Repository:
                 ) from error
             raise
 
-    async def _read(self, reply: Reply, reference: str) -> Document:
+    def _read(self, reply: Reply, reference: str) -> Document:
         kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
         begin = reply.body[:1024].lstrip()[:1]  # whatever it is sent as: Ollama's registry says text/plain
         if begin != b"{":
@@ -118,9 +118,7 @@ class Repository:
             )
         if ":" in reference and reference != f"sha256:{digest.hex()}":
             raise IntegrityError(f"{what} has another digest than was asked for: sha256:{digest.hex()}.")
-        # In a thread: 16 MiB of JSON take longer than readers should wait for the loop.
-        parse = partial(parse_manifest, reply.body, what, kind)
-        return Document(reply.body, digest, await trio.to_thread.run_sync(parse))
+        return Document(reply.body, digest, parse_manifest(reply.body, what, kind))
 
     def _refusal(self, reply: Reply, reference: str) -> SourceError:
         """What an error answer means, and what can be done about it."""

@@ -39,6 +39,7 @@ MAX_PATH_CHARS = 1024  # of a URL that can be a blob's: a repository has 255, a 
 _REGISTRY_PATH = re.compile(
     r"(?:/.*)?/v2/(?P<name>[a-z0-9A-Z._/-]{1,512})/(?:blobs|manifests|chunksums)/[^/]+"
 )
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 # What Azure takes beside an identity token; docker would POST it, and this client only reads.
 _IDENTITY_USER = "00000000-0000-0000-0000-000000000000"
@@ -173,8 +174,8 @@ def _key_of(url: httpx.URL) -> _Key | None:
 
 
 def _choose(challenges: Sequence[Challenge]) -> Challenge | None:
-    """The first Bearer challenge that says where, else Basic."""
-    usable = [c for c in challenges if c.scheme == "bearer" and c.parameters.get("realm")]
+    """The first Bearer challenge that says where (the Hub's realm is a sentence, not a server), else Basic."""
+    usable = [c for c in challenges if c.scheme == "bearer" and _URL.match(c.parameters.get("realm", ""))]
     usable += [c for c in challenges if c.scheme == "basic"]
     return usable[0] if usable else None
 
@@ -238,7 +239,10 @@ def _explained(
         return error
     host = login_name(url.netloc.decode("ascii"))
     if credentials is None:
-        what = f"gives no token for {_rules.label(url)} without credentials; run docker login {host}"
+        what = (
+            f"gives no token for {_rules.label(url)} without credentials: that is private, or does not exist; "
+            f"if it is private, run docker login {host}"
+        )
     else:
         what = f"does not accept the credentials that docker's configuration has for {host}; log in again"
     return _rules.failure(FailureKind.AUTH, realm, what, status=error.status)

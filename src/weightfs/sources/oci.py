@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Self
 
+import trio
+
 from weightfs.core.artifact import (
     DOCKER_INDEX,
     DOCKER_MANIFEST,
@@ -28,7 +30,7 @@ from weightfs.core.geometry import BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, Entry, Manifest, Mirror
 from weightfs.core.oci import SCHEME, parse_oci
 from weightfs.core.ref import Ref
-from weightfs.core.tar import TarFiles, walk_tar
+from weightfs.core.tar import MAX_MEMBERS, TarFiles, walk_tar
 from weightfs.errors import IntegrityError, SourceError
 from weightfs.sources._client import HttpClient
 from weightfs.sources._ranged import RangeReader
@@ -38,6 +40,7 @@ from weightfs.sources.base import FetchSettings, Source
 # Manifests of an index that are read to see whether they are models, where their descriptors do not say it. Images have
 # one per platform, and as many again with their provenance.
 MAX_LOOKED_AT = 32
+MAX_TARS = 256  # of one artifact; each costs requests before the ref can be shown
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +73,8 @@ class OciSource:
         artifact = document.content
         if not isinstance(artifact, Artifact):
             raise IntegrityError(f"{ref} is an index of indexes; name a manifest in it by its digest.")
-        entries = await self._entries(ref, repository, oci_files(artifact, str(ref)))
+        files = await trio.to_thread.run_sync(oci_files, artifact, str(ref))
+        entries = await self._entries(ref, repository, files)
         if not entries:
             raise IntegrityError(f"{ref} is an artifact without files.")
         return Manifest(str(ref), document.revision, name.tree, entries, document.raw)
@@ -112,22 +116,31 @@ class OciSource:
         self, ref: Ref, repository: Repository, files: tuple[LayerFile, ...]
     ) -> tuple[Entry, ...]:
         blobs = Blobs(ref, repository, self._client.settings)
-        paths = Paths(str(ref))
+        tars: dict[bytes, TarFiles] = {}
         for file in files:
-            if file.path is not None:
-                paths.take(file.path)
-        entries: list[Entry] = []
-        for file in files:
-            blob = blobs.of(file.layer)
-            if file.path is not None:
-                entries.append(Entry(file.path, blob))
-                continue
-            what = f"Layer {file.layer.digest_text} of {ref}"
-            tar = await self._walk(blob, what)
-            entries += [Entry(paths.take(member.path), blob, member.span) for member in tar.members]
-            if tar.skipped:
-                logger.warning("%s: %d links or sparse files in it are not shown", what, tar.skipped)
-        return tuple(entries)
+            if file.path is None and file.layer.digest not in tars:
+                if len(tars) == MAX_TARS or sum(len(tar.members) for tar in tars.values()) > MAX_MEMBERS:
+                    raise IntegrityError(
+                        f"{ref} has over {MAX_TARS} tars, or over {MAX_MEMBERS} files in them; no model needs so many."
+                    )
+                what = f"Layer {file.layer.digest_text} of {ref}"
+                tar = tars[file.layer.digest] = await self._walk(blobs.of(file.layer), what)
+                if tar.skipped:
+                    logger.warning("%s: %d links or sparse files in it are not shown", what, tar.skipped)
+
+        def entries() -> tuple[Entry, ...]:
+            paths, found = Paths(str(ref)), []
+            for file in files:
+                blob = blobs.of(file.layer)
+                if file.path is not None:
+                    found.append(Entry(paths.take(file.path), blob))
+                else:
+                    members = tars[file.layer.digest].members
+                    found += [Entry(paths.take(member.path), blob, member.span) for member in members]
+            return tuple(found)
+
+        # In a thread: tens of thousands of files take longer than readers should wait for the loop.
+        return await trio.to_thread.run_sync(entries)
 
     async def _walk(self, blob: Blob, what: str) -> TarFiles:
         """Read a tar's headers, some KiB at a time."""

@@ -58,7 +58,8 @@ class OllamaSource:
             raise IntegrityError(
                 f"{ref} is an index, not a model of Ollama; try oci:// in place of ollama://."
             )
-        files = ollama_files(document.content, str(ref))
+        # In threads: tens of thousands of layers take longer than readers should wait for the loop.
+        files = await trio.to_thread.run_sync(ollama_files, document.content, str(ref))
         blobs = Blobs(ref, repository, self._client.settings)
         for layer in {file.layer.digest: file.layer for file in files}.values():
             if layer.size > CHUNKSUMS_FROM_BYTES:
@@ -66,8 +67,12 @@ class OllamaSource:
                 blobs.of(layer, published)
                 if published is None:
                     break  # who has none for one layer has none: a model of tensors has a thousand big ones
-        entries = tuple(Entry(file.path, blobs.of(file.layer)) for file in files if file.path is not None)
-        return Manifest(str(ref), document.revision, name.tree, entries, document.raw)
+
+        def entries() -> tuple[Entry, ...]:
+            return tuple(Entry(file.path, blobs.of(file.layer)) for file in files if file.path is not None)
+
+        found = await trio.to_thread.run_sync(entries)
+        return Manifest(str(ref), document.revision, name.tree, found, document.raw)
 
     def open_range(
         self, mirror: Mirror, shape: BlobShape, span: ByteSpan, *, whole: bool = False

@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +41,8 @@ from weightfs.store.sparse import SparseFiles, disk_errors
 __all__ = ["Cache", "ChunkState", "Landing", "Progress", "RunState", "StoredRef"]
 
 log = logging.getLogger(__name__)
+
+SYNCS_AT_ONCE = 8
 
 _NONE: Mapping[BlobId, Any] = MappingProxyType({})
 
@@ -310,6 +313,9 @@ class Cache:
     def _sync(self, landings: Sequence[Landing]) -> dict[BlobId, CacheError]:
         """Sync the files of the landings' blobs; returns the blobs that failed."""
         failed: dict[BlobId, CacheError] = {}
+        written: dict[
+            BlobId, ChunkSet
+        ] = {}  # to be synced: what else than the landings is recorded as present
         by_blob = _by_blob(landings)
         for blob, mine in by_blob.items():
             with self._index.read() as txn:
@@ -326,15 +332,31 @@ class Cache:
                     blob=str(blob),
                 )
                 continue
+            present.difference(ChunkSet(present.count, (landing.chunk for landing in mine)))
+            written[blob] = present
+        for blob, error in self._sync_files(list(written)):
+            failed[blob] = error
+            unrecorded = ChunkSet(written[blob].count, range(written[blob].count))
+            unrecorded.difference(written[blob])
+            self._lost[blob] = unrecorded
+        return failed
+
+    def _sync_files(self, blobs: Sequence[BlobId]) -> list[tuple[BlobId, CacheError]]:
+        """Sync side by side: the filesystem's journal takes many small files in the time of one."""
+
+        def sync(blob: BlobId) -> CacheError | None:
             try:
                 self._files.sync(blob)
             except CacheError as error:
-                failed[blob] = error
-                unrecorded = ChunkSet(present.count, range(present.count))
-                unrecorded.difference(present)
-                unrecorded.union(ChunkSet(present.count, (landing.chunk for landing in mine)))
-                self._lost[blob] = unrecorded
-        return failed
+                return error
+            return None
+
+        if len(blobs) < 2:
+            outcomes = [sync(blob) for blob in blobs]
+        else:
+            with ThreadPoolExecutor(min(SYNCS_AT_ONCE, len(blobs)), "sync") as pool:
+                outcomes = list(pool.map(sync, blobs))
+        return [(blob, error) for blob, error in zip(blobs, outcomes, strict=True) if error is not None]
 
     def _record_all(
         self,

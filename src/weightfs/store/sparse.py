@@ -7,6 +7,8 @@ Rules that hold here:
 - The file that was seen first in this session is the file until `forget`: a deleted, replaced or shortened one is a
   `DiskFault`, never a fresh file full of zeros under chunks that count as present.
 - A short read is a `DiskFault`, never zeros.
+- What `sync` returned for is on the disk under its name: the directory is synced with the first sync after a file was
+  made. Not when it is made: a repository has hundreds of small files, and each such sync costs as much as a commit.
 - A descriptor is closed when nobody uses it any more, so its number can never come to mean another blob amid a read.
 - The lock guards dictionaries only; no system call that may wait for the disk is made under it.
 """
@@ -99,6 +101,7 @@ class SparseFiles:
         self._open: OrderedDict[BlobId, _Handle] = OrderedDict()  # least recently used first
         self._seen: dict[BlobId, tuple[int, int]] = {}  # (device, inode) of the first sight in this session
         self._whole: set[BlobId] = set()  # prepared: the file is there, at full length
+        self._nameless: dict[BlobId, object] = {}  # made, and the name is perhaps not on the disk yet
         self._tidy: set[BlobId] = set()  # what an earlier session left was thrown away once; never again
         self._buffers = threading.local()
 
@@ -201,11 +204,22 @@ class SparseFiles:
         with self._borrow(blob) as descriptor:
             with disk_errors(f"write {self.path(blob)} to the disk", blob):
                 os.fdatasync(descriptor)
+                self._sync_names(blob)
             # Bytes in a file that has lost its name would be recorded, and be gone with the last descriptor.
             named = self.status(blob)
             mine = os.fstat(descriptor)
             if named is None or (named.st_dev, named.st_ino) != (mine.st_dev, mine.st_ino):
                 raise self._fault(blob, "was removed or replaced")
+
+    def _sync_names(self, blob: BlobId) -> None:
+        with self._lock:
+            made = self._nameless.copy()
+        if blob in made:
+            sync_directory(self.directory)
+            with self._lock:
+                for known, file in made.items():
+                    if self._nameless.get(known) is file:
+                        del self._nameless[known]
 
     def punch(self, blob: BlobId, spans: list[ByteSpan]) -> bool:
         """Give the space of `spans` back; False if the filesystem cannot. A missing file has nothing to give."""
@@ -250,6 +264,8 @@ class SparseFiles:
         """Delete the file; returns the bytes it occupied."""
         self.forget(blob)
         self._tidy.discard(blob)
+        with self._lock:
+            self._nameless.pop(blob, None)
         found = self.status(blob)
         if found is None:
             return 0
@@ -276,7 +292,8 @@ class SparseFiles:
             try:
                 os.fchmod(descriptor, 0o600)
                 os.ftruncate(descriptor, size)
-                sync_directory(self.directory)
+                with self._lock:
+                    self._nameless[blob] = object()  # this file, not another one that had the name before
             except BaseException:
                 os.close(descriptor)
                 raise
