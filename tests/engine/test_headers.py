@@ -358,7 +358,7 @@ async def test_an_origin_that_fails_fails_nothing_and_is_told_once(
     stage: Stage, models: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     repo = Repo({f"{number}.gguf": models["m.gguf"] + bytes([number]) for number in range(20)})
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="weightfs.engine.headers"):
         async with stage.engine(repo, failing=Failing(FailureKind.NOT_FOUND)) as engine:
             await engine.add(REF)
             assert await engine.headers_ready(REF.text)

@@ -136,6 +136,14 @@ def test_only_an_origins_own_word_is_enoent() -> None:
     assert not {errno.EINTR, errno.EAGAIN, 0} & set(codes.values())
 
 
+def test_who_may_not_know_is_not_told_that_there_is_none() -> None:
+    # The Hub answers 401 for a repository that is missing, and for a private one alike.
+    hidden = [SourceError("no", kind=FailureKind.NOT_FOUND, status=status) for status in (401, 403)]
+    assert [errno_of_name(error) for error in hidden] == [errno.EACCES] * 2
+    gone = [SourceError("no", kind=FailureKind.NOT_FOUND, status=status) for status in (404, 410, None)]
+    assert [errno_of_name(error) for error in gone] == [errno.ENOENT] * 3
+
+
 async def test_what_was_pinned_and_removed_is_not_fetched_again_at_once(
     mount: Mount, autojump_clock: Clock
 ) -> None:

@@ -220,6 +220,20 @@ def test_a_file_in_the_way_of_a_directory_is_renamed_and_a_bad_path_left_out() -
     assert "'..'" in namespace.conflicts[0]
 
 
+def test_two_slices_of_one_blob_that_want_one_path_are_both_there() -> None:
+    namespace = Namespace.build(
+        [("a", file("2")), ("a", part("1", 0, 3)), ("a", file("1")), ("a", part("1", 3, 5))]
+    )
+    one, two = (str(file(name).blob.id) for name in "12")
+    assert tree(namespace) == {
+        "a": two,
+        f"a~{one[:8]}": one,
+        f"a~{one[:8]}-0-3": f"{one}[0:3]",
+        f"a~{one[:8]}-3-5": f"{one}[3:5]",
+    }
+    assert len(namespace.conflicts) == 3
+
+
 @given(st.sets(st.integers(0, 60)), st.sets(st.integers(0, 60)), st.integers(0, 20))
 def test_a_listing_goes_on_in_a_newer_tree_without_repeating_or_skipping(
     before: set[int], after: set[int], taken: int

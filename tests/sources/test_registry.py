@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import ipaddress
 import json
@@ -11,7 +12,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from weightfs.core.artifact import DOCKER_MANIFEST
 from weightfs.core.geometry import MIB, BlobShape, ByteSpan
 from weightfs.core.manifest import Manifest, Mirror
 from weightfs.core.ref import parse_ref
@@ -34,8 +36,9 @@ from weightfs.sources._challenges import Challenge, parse_challenges
 from weightfs.sources._client import HttpClient
 from weightfs.sources._registry import base_url
 from weightfs.sources._stream import Address, BulkBackend, Resolver
-from weightfs.sources.base import FetchSettings
+from weightfs.sources.base import FetchSettings, Source
 from weightfs.sources.https import HttpsSource
+from weightfs.sources.oci import OciSource
 from weightfs.sources.ollama import OllamaSource
 from weightfs.testing.blob_front import BlobFront
 from weightfs.testing.engines import running_engine
@@ -301,6 +304,22 @@ async def read_blob(url: str, backend: BulkBackend | None = None, **settings: An
 async def blob_origin(token: bytes = b'{"token":"t0"}') -> AsyncIterator[Origin]:
     async with open_origin({BLOB: DATA, REALM: OriginFile(token)}) as origin:
         yield origin
+
+
+@pytest.mark.parametrize(("scheme", "source_of"), [("ollama", OllamaSource), ("oci", OciSource)])
+async def test_the_users_headers_go_to_the_registry_that_a_ref_names(
+    scheme: str, source_of: Callable[[HttpClient], Source]
+) -> None:
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{'ab' * 32}", "size": 9}
+    document = {"schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "config": layer, "layers": [layer]}
+    path = "/v2/library/x/manifests/latest"
+    async with open_origin({path: json.dumps(document).encode()}) as origin:
+        host = urlsplit(origin.url(path)).netloc
+        source = source_of(HttpClient(FetchSettings(retry=0, headers=(("X-Tenant", "blue"),))))
+        async with contextlib.aclosing(source):
+            await source.resolve(parse_ref(f"{scheme}://{host}/library/x"))
+        (asked,) = origin.requests(path)
+        assert asked.headers["x-tenant"] == "blue"
 
 
 async def test_a_worker_answers_a_challenge_knowing_only_the_url() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from weightfs.core.geometry import BlobShape, ByteSpan
 
@@ -180,7 +180,7 @@ class Manifest:
     revision: str
     tree: str
     entries: tuple[Entry, ...]
-    raw: bytes = b""
+    raw: bytes = field(default=b"", repr=False)  # it may have many MiB
 
 
 def check_path(path: str) -> str:

@@ -33,6 +33,8 @@ def errno_of(error: BaseException) -> int:
 def errno_of_name(error: BaseException) -> int:
     """The errno for a lookup whose origin was asked: ENOENT only if it said that there is no such thing."""
     match error:
+        case SourceError(kind=FailureKind.NOT_FOUND, status=401 | 403):
+            return errno.EACCES  # the Hub's answer to who may not know whether there is such a repository
         case SourceError():
             return _NAMES[error.kind]
         case TimeoutError():

@@ -197,7 +197,7 @@ def _place(
     for path, entry in wanted:
         if isinstance(entry, Dir) or placed.setdefault(path, entry) is entry or _same(placed[path], entry):
             continue
-        other = f"{path}~{str(entry.blob.id)[:8]}" if isinstance(entry, File) else None
+        other = f"{path}~{_suffix(entry)}" if isinstance(entry, File) else None
         if (
             other is None
             or len(other.rsplit("/", 1)[-1].encode()) > 255
@@ -207,6 +207,12 @@ def _place(
         else:
             conflicts.append(f"The path {path!r} is taken twice; one of the two is at {other!r}.")
     return placed, conflicts
+
+
+def _suffix(file: File) -> str:
+    """Tells it from other files that want the same path."""
+    span = _part(file)
+    return str(file.blob.id)[:8] + ("" if span is None else f"-{span.start}-{span.stop}")
 
 
 def _same(one: Item, other: Item) -> bool:

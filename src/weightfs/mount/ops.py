@@ -14,7 +14,7 @@ import errno
 import functools
 import logging
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
@@ -105,8 +105,10 @@ class WeightOperations(pyfuse3.Operations):
         on_init: Callable[[], None],
         passthrough: Passthrough | None = None,
         browser: Browser | None = None,
+        settled: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
     ) -> None:
         super().__init__()
+        self._settled = settled  # returns when the tree is as new as what is pinned
         self.stats = stats
         self._engine = engine
         self._namespace = namespace
@@ -145,15 +147,21 @@ class WeightOperations(pyfuse3.Operations):
         private = self._passthrough.private
         if private is not None and parent_inode == ROOT and _text(name) == private.name:
             return self._about.private(private)
-        node = self._namespace.lookup(parent_inode, _text(name))
+        node = await self._look_up(parent_inode, _text(name))
         if node is None and self._browser is not None:
             node = await self._browser.find(self._namespace, parent_inode, _text(name))
-            node = node or self._namespace.lookup(
-                parent_inode, _text(name)
-            )  # another tree, if it is pinned now
+            node = node or await self._look_up(parent_inode, _text(name))  # it is pinned now
         if node is None:
             raise FUSEError(errno.ENOENT)
         return self._attributes(node, self._shown(node))
+
+    async def _look_up(self, parent: int, name: str) -> Node | None:
+        """The node, of the tree at hand or of the one that is being made."""
+        node = self._namespace.lookup(parent, name)
+        if node is None:
+            await self._settled()
+            node = self._namespace.lookup(parent, name)
+        return node
 
     @_guarded
     async def getattr(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> EntryAttributes:
@@ -178,7 +186,8 @@ class WeightOperations(pyfuse3.Operations):
 
     @_guarded
     async def opendir(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> FileHandleT:
-        """The handle is the inode."""
+        """The handle is the inode. A listing begins with the newest tree."""
+        await self._settled()
         if not isinstance(self._node(inode), DirNode):
             raise FUSEError(errno.ENOTDIR)
         return FileHandleT(inode)

@@ -29,6 +29,7 @@ from weightfs.mount.passthrough import Passthrough
 from weightfs.mount.ports import MountedEngine
 from weightfs.mount.session import Connection, Handover, MountOptions, connect, guarded_reads
 from weightfs.mount.stats import MountStats
+from weightfs.mount.trees import Trees
 
 PROBE_TIMEOUT = 5.0
 _END_TIMEOUT = 5.0  # seconds for the loop to end once the connection has, or it was told to
@@ -83,17 +84,19 @@ async def serve(
     handover = Handover(connection)
     try:
         passthrough = Passthrough(lambda: handover.fd)
+        trees = Trees(engine, layouts)
         operations = WeightOperations(
             engine,
-            _tree(engine, layouts),
+            trees.make(),
             stats,
             handover.takeover,
             passthrough,
             _browser(engine, options),
+            trees.settled,
         )
-        with _rebuilding(operations, engine, layouts):
+        with _rebuilding(operations, engine, trees):
             handover.attach(operations)
-            session = _Session(connection, handover, operations, engine, options, passthrough)
+            session = _Session(connection, handover, operations, engine, options, passthrough, trees)
             with guarded_reads(handover.fd, session.lost), _quiet_pyfuse3(), passthrough.installed():
                 await session.run(stats, task_status)
     finally:
@@ -108,29 +111,17 @@ def _browser(engine: MountedEngine, options: MountOptions) -> Browser | None:
     return Browser(engine, ttl=options.browse_ttl, timeout=options.browse_timeout)
 
 
-def _tree(engine: MountedEngine, layouts: Sequence[Layout]) -> Namespace:
-    manifests = engine.manifests()
-    namespace = Namespace.build(entry for layout in layouts for entry in layout.entries(manifests))
-    for conflict in namespace.conflicts:
-        _log.warning("%s", conflict)
-    return namespace
-
-
 @contextlib.contextmanager
-def _rebuilding(
-    operations: WeightOperations, engine: MountedEngine, layouts: Sequence[Layout]
-) -> Iterator[None]:
-    """Show a new tree at once whenever the manifests change: who added a ref finds it."""
+def _rebuilding(operations: WeightOperations, engine: MountedEngine, trees: Trees) -> Iterator[None]:
+    """Show a new tree whenever the manifests change."""
 
-    def rebuild() -> None:
-        try:
-            operations.show(_tree(engine, layouts), int(time.time()))
-        except Exception:  # noqa: BLE001 - a layout's bug must not fail the `add` behind the change
-            _log.exception("The tree could not be rebuilt; the old one stays")
+    def show(namespace: Namespace) -> None:
+        operations.show(namespace, int(time.time()))
 
     previous = engine.on_change
-    operations.show(_tree(engine, layouts), int(time.time()))
-    engine.on_change = rebuild
+    trees.show = show
+    show(trees.make())  # what changed while the operations were made
+    engine.on_change = trees.changed
     try:
         yield
     finally:
@@ -148,7 +139,9 @@ class _Session:
         engine: MountedEngine,
         options: MountOptions,
         passthrough: Passthrough,
+        trees: Trees,
     ) -> None:
+        self._trees = trees
         self._connection = connection
         self._handover = handover
         self._operations = operations
@@ -175,6 +168,7 @@ class _Session:
         mounted = Mounted(path, self._connection.device, stats)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._loop)
+            nursery.start_soon(self._trees.run)
             try:
                 if not await mounted.probe() and not self._over.is_set():
                     self._failure = self._handover.failure or TimeoutError(
@@ -188,6 +182,7 @@ class _Session:
             finally:
                 with trio.CancelScope(shield=True):
                     await self._stop()
+                nursery.cancel_scope.cancel()
 
     def lost(self) -> None:
         """The kernel has ended the connection: unmounted from outside, or aborted."""

@@ -6,11 +6,11 @@ stead. The Hub and the registries that are meant when no host is said have token
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Final
 
 from weightfs.core import hub, oci, ollama
 from weightfs.core.ref import Ref
+from weightfs.sources._registry import base_url
 from weightfs.sources.base import FetchSettings
 
 # Their names do not say where their API is, or nobody had to write them.
@@ -35,17 +35,6 @@ def home_of(ref: Ref, settings: FetchSettings) -> str | None:
 
 
 def _registry(host: str, settings: FetchSettings) -> str | None:
-    configured = dict(settings.endpoints).get(host)
-    if configured is not None or host in _IMPLIED:
-        return configured
-    return f"{'http' if _is_loopback(host) else 'https'}://{host}"
-
-
-def _is_loopback(host: str) -> bool:
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    if host in _IMPLIED and host not in dict(settings.endpoints):
+        return None
+    return base_url(host, settings)

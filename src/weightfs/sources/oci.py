@@ -33,6 +33,7 @@ from weightfs.core.ref import Ref
 from weightfs.core.tar import MAX_MEMBERS, TarFiles, walk_tar
 from weightfs.errors import IntegrityError, SourceError
 from weightfs.sources._client import HttpClient
+from weightfs.sources._homes import home_of
 from weightfs.sources._ranged import RangeReader
 from weightfs.sources._registry import Blobs, Document, Repository
 from weightfs.sources.base import FetchSettings, Source
@@ -66,6 +67,8 @@ class OciSource:
         The revision, and the raw bytes, are of the manifest that has the layers.
         """
         name = parse_oci(ref.url.removeprefix(f"{SCHEME}://"))
+        if home := home_of(ref, self._client.settings):
+            self._client.own(home)
         repository = Repository(self._client, name.host, name.repository)
         document = await repository.manifest(name.reference, _ALL)
         if isinstance(document.content, Index):

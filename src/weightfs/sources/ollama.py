@@ -24,6 +24,7 @@ from weightfs.core.ref import Ref
 from weightfs.errors import IntegrityError, WeightfsError
 from weightfs.sources import _rules
 from weightfs.sources._client import HttpClient, parse_url
+from weightfs.sources._homes import home_of
 from weightfs.sources._published import Published
 from weightfs.sources._ranged import RangeReader
 from weightfs.sources._registry import Blobs, Repository
@@ -52,6 +53,8 @@ class OllamaSource:
     async def resolve(self, ref: Ref) -> Manifest:
         """Ask the registry what `ref` is, now. SourceError, IntegrityError, SignatureError."""
         name = parse_ollama(ref.url.removeprefix(f"{SCHEME}://"))
+        if home := home_of(ref, self._client.settings):
+            self._client.own(home)
         repository = Repository(self._client, name.host, f"{name.namespace}/{name.model}")
         document = await repository.manifest(name.tag, (DOCKER_MANIFEST,))
         if not isinstance(document.content, Artifact):
