@@ -34,7 +34,7 @@ from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import _tokens
 from weightfs.sources._challenges import Challenge, parse_challenges
 from weightfs.sources._client import HttpClient
-from weightfs.sources._registry import base_url
+from weightfs.sources._homes import base_url
 from weightfs.sources._stream import Address, BulkBackend, Resolver
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.sources.https import HttpsSource

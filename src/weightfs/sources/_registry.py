@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import trio
 
@@ -29,10 +28,9 @@ from weightfs.core.ref import Ref
 from weightfs.errors import FailureKind, IntegrityError, SourceError
 from weightfs.sources import _published, _rules
 from weightfs.sources._client import HttpClient, Reply, TooLongError, parse_url
+from weightfs.sources._homes import base_url, is_loopback
 from weightfs.sources.base import FetchSettings
 
-# Hosts whose API is elsewhere.
-_API_HOSTS = {"docker.io": "registry-1.docker.io"}
 _ANSWERS = frozenset({200, 400, 401, 403, 404})
 _MAX_ERRORS = 8  # of an error document; the first ones say it
 
@@ -145,7 +143,7 @@ class Repository:
                 f"{self._host} does not let the user of docker's configuration read {what}; "
                 f"ask for access, or log in again with {login}"
             )
-        if reply.url.scheme == "http" and not _rules.is_loopback(reply.url.host):
+        if reply.url.scheme == "http" and not is_loopback(reply.url.host):
             return f"{self._host} wants credentials for {what}, which are not sent over plain http"
         return f"{what} is private or does not exist, and no credentials were accepted; log in with {login}"
 
@@ -175,15 +173,6 @@ class Blobs:
                 settings=self._settings,
             )
         return blob
-
-
-def base_url(host: str, settings: FetchSettings) -> str:
-    """Where a registry's API is: as configured, else https, or http on this machine; without a slash at the end."""
-    configured = dict(settings.endpoints).get(host)
-    if configured is not None:
-        return configured.rstrip("/")
-    here = _rules.is_loopback(urlsplit(f"//{host}").hostname or "")
-    return f"{'http' if here else 'https'}://{_API_HOSTS.get(host, host)}"
 
 
 def _codes(body: bytes) -> set[str]:

@@ -254,17 +254,6 @@ def is_host(host: str) -> bool:
     return _HOST.fullmatch(host) is not None
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by name or address (W3C Secure Contexts, section 3.1)."""
-    host = host.strip("[]").lower().rstrip(".")
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def origin_of(url: str | httpx.URL) -> str:
     """`scheme://host:port`, the port always given: two URLs with the same one share credentials."""
     parsed = httpx.URL(url)

@@ -27,6 +27,7 @@ from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import _rules
 from weightfs.sources._challenges import Challenge, parse_challenges
 from weightfs.sources._docker_config import Credentials, SecretKind, credentials_for, login_name
+from weightfs.sources._homes import is_loopback
 
 MAX_TOKEN_BYTES = 64 * 1024  # of a token server's answer
 MAX_TOKEN_CHARS = 16 * 1024  # servers refuse heads of more
@@ -182,7 +183,7 @@ def _choose(challenges: Sequence[Challenge]) -> Challenge | None:
 
 def _is_safe(url: httpx.URL) -> bool:
     """Whether nobody on the way can read or change what is sent there."""
-    return url.scheme == "https" or _rules.is_loopback(url.host)
+    return url.scheme == "https" or is_loopback(url.host)
 
 
 def _realm_of(url: httpx.URL, challenge: Challenge, repository: str) -> httpx.URL:

@@ -27,6 +27,7 @@ from weightfs.core.ref import Ref, tree_of
 from weightfs.errors import ChunkListError, FailureKind, SourceError
 from weightfs.sources import _published, _rules
 from weightfs.sources._client import Answer, HttpClient, Reply, TooLongError, parse_url
+from weightfs.sources._homes import is_loopback
 from weightfs.sources._ranged import RangeReader
 from weightfs.sources._stream import is_private, literal_address
 from weightfs.sources.base import FetchSettings, Source
@@ -263,7 +264,7 @@ def _means_none(error: SourceError) -> bool:
 def is_secure(url: str, reply: Reply) -> bool:
     """Whether nobody between the origin and here can have changed the reply."""
     asked = httpx.URL(url)
-    return all(place.scheme == "https" or _rules.is_loopback(place.host) for place in (asked, reply.url))
+    return all(place.scheme == "https" or is_loopback(place.host) for place in (asked, reply.url))
 
 
 def without_private(own: str, mirrors: tuple[Mirror, ...]) -> tuple[Mirror, ...]:
@@ -272,7 +273,7 @@ def without_private(own: str, mirrors: tuple[Mirror, ...]) -> tuple[Mirror, ...]
     def private(url: str) -> bool:
         host = httpx.URL(url).host
         literal = literal_address(host)
-        return _rules.is_loopback(host) or (literal is not None and is_private(literal))
+        return is_loopback(host) or (literal is not None and is_private(literal))
 
     if private(own):
         return mirrors

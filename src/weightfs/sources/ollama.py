@@ -24,7 +24,7 @@ from weightfs.core.ref import Ref
 from weightfs.errors import IntegrityError, WeightfsError
 from weightfs.sources import _rules
 from weightfs.sources._client import HttpClient, parse_url
-from weightfs.sources._homes import home_of
+from weightfs.sources._homes import home_of, is_loopback
 from weightfs.sources._published import Published
 from weightfs.sources._ranged import RangeReader
 from weightfs.sources._registry import Blobs, Repository
@@ -110,7 +110,7 @@ class OllamaSource:
             logger.debug("no regular chunk list of %s", _rules.label(url))
             return None
         asked = parse_url(url)
-        private = asked.scheme == "https" or _rules.is_loopback(asked.host)
+        private = asked.scheme == "https" or is_loopback(asked.host)
         trusted = private and _rules.origin_of(reply.url) == _rules.origin_of(asked)
         if not trusted and self._client.settings.policy is Policy.STRICT:
             return None  # it would be refused, where no list at all is not

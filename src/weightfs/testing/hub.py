@@ -207,13 +207,14 @@ class Hub:
                 return _redirect(307, to, commit, *linked)
             auth = f"{self.public_url}/api/{kind}/{repo.id}/xet-read-token/{sha}"
             xet = [("X-Xet-Hash", file.xet_hash), ("Link", f'<{auth}>; rel="xet-auth"')]
-            return _redirect(302, self._signed(file), commit, *linked, *xet)
+            return _redirect(302, self.link_to(file), commit, *linked, *xet)
 
         return self._with_repo(kind, id_, token, answer, seen)
 
     # ---- the CDN
 
-    def _signed(self, file: StoredFile) -> str:
+    def link_to(self, file: StoredFile) -> str:
+        """The URL to which a request for a file in LFS is redirected: at the CDN, and signed. May be overridden."""
         self._contents[file.sha256] = file
         expires = str(int(self.now()) + LINK_SECONDS)
         return f"{self.cdn}/{file.sha256}?Expires={expires}&Signature={self._sign(file.sha256, expires)}"
