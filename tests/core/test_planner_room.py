@@ -172,3 +172,17 @@ def test_a_reader_behind_one_whose_bytes_do_not_fit_is_not_told_what_is_not_so()
     assert made.woken[first] is not None
     run_all(made)
     assert made.woken[second] is None
+
+
+def test_a_fill_that_is_asked_for_again_asks_for_room_again() -> None:
+    """A pull of what stands still for want of room is to be told so at once."""
+    made = driver()
+    made.limit(MIB, 0)
+    made.fill(A)
+    assert asked(made) == [(A, Priority.FILL)]
+    made.fill(A)
+    assert asked(made) == [(A, Priority.FILL)] * 2
+    made.need(A, 0, 2)
+    run_all(made)
+    made.fill(A)  # a reader waits for room already: nothing new
+    assert asked(made) == [*[(A, Priority.FILL)] * 2, (A, Priority.DEMAND)]
