@@ -171,7 +171,10 @@ async def test_two_spellings_at_once_are_one_ref(repository: MemoryRepository, t
             nursery.start_soon(engine.add, other)
         assert len(repository.asked) == 2
         assert len(engine.refs()) == 1
-        assert engine._cache.ref_names() == [engine.refs()[0].manifest.ref]
+        (stored,) = engine.refs()
+        assert engine._cache.ref_names() == [stored.manifest.ref]
+        first = repository._said[stored.manifest.ref]
+        assert stored.manifest.tree == first.tree  # not at the other's place under this one's name
 
 
 async def test_browsing_makes_a_ref_known(repository: MemoryRepository, tmp_path: Path) -> None:
