@@ -314,3 +314,36 @@ def test_a_link_of_somebody_else_and_a_spoilt_record_are_left_alone(stage: Stage
     assert stage.link() == {}
     assert outside.read_text() == "precious"
     assert blob.is_symlink()
+
+
+@pytest.mark.mount
+def test_a_manifest_that_is_a_link_to_a_disk_that_is_away_is_ollamas_own(stage: Stage) -> None:
+    stage.put("aya:8b", "model.gguf")
+    stage.put("odd:1b", "model.gguf")
+    theirs = stage.store / "manifests" / AYA
+    theirs.parent.mkdir(parents=True)
+    theirs.symlink_to("/big/disk/aya")
+    odd = theirs.parent.parent / "odd/1b"
+    odd.parent.mkdir()
+    os.mkfifo(odd)  # to open it would be to wait
+    assert stage.link() == {"kept": [AYA, AYA.replace("aya/8b", "odd/1b")]}
+    assert os.readlink(theirs) == "/big/disk/aya"
+
+
+@pytest.mark.mount
+def test_root_changes_nothing_in_a_directory_of_somebody_else(stage: Stage) -> None:
+    outside = stage.store.parent / "outside/library/aya"
+    outside.mkdir(parents=True)
+    (outside / "8b").write_text("precious")
+    digest = hashlib.sha256(b"precious").hexdigest()
+    (stage.store / "manifests").mkdir(parents=True)
+    (stage.store / "manifests/registry.ollama.ai").symlink_to(stage.store.parent / "outside")
+    (stage.store / RECORD).write_text(json.dumps({"manifests": {AYA: digest}, "blobs": []}))
+    os.chown(stage.store, 65534, 65534)
+    for store in (stage.store, stage.store / "new"):
+        argv = [sys.executable, "-m", "weightfs", "link", "ollama", str(store)]
+        argv += ["--mountpoint", str(stage.mounted.mountpoint), "--cache", str(stage.store.parent / "cache")]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert "belongs to another user" in done.stderr
+    assert (outside / "8b").read_text() == "precious"

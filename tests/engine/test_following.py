@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from weightfs.core.ref import parse_ref
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.engine.status import Outcome
-from weightfs.errors import ReadError, SourceError
+from weightfs.errors import FailureKind, ReadError, SourceError
+from weightfs.sources.base import FetchSettings
 from weightfs.testing.engines import running_engine
 from weightfs.testing.repositories import MemoryRepository
 
@@ -169,7 +171,10 @@ async def test_two_spellings_at_once_are_one_ref(repository: MemoryRepository, t
             nursery.start_soon(engine.add, other)
         assert len(repository.asked) == 2
         assert len(engine.refs()) == 1
-        assert engine._cache.ref_names() == [engine.refs()[0].manifest.ref]
+        (stored,) = engine.refs()
+        assert engine._cache.ref_names() == [stored.manifest.ref]
+        first = repository._said[stored.manifest.ref]
+        assert stored.manifest.tree == first.tree  # not at the other's place under this one's name
 
 
 async def test_browsing_makes_a_ref_known(repository: MemoryRepository, tmp_path: Path) -> None:
@@ -178,3 +183,28 @@ async def test_browsing_makes_a_ref_known(repository: MemoryRepository, tmp_path
         await engine.browse(REF)
         assert engine.manifests() == (manifest,)
         assert repository.most_open == 0
+
+
+async def test_who_looks_at_a_path_does_not_send_the_configured_headers_to_a_host_of_his_choice(
+    repository: MemoryRepository, tmp_path: Path
+) -> None:
+    theirs, others = parse_ref("oci://evil.example/a/b"), parse_ref("ollama://evil.example/a/b")
+    ours, beside = parse_ref("oci://registry.lan/a/b"), parse_ref("ollama://registry.lan/a/c")
+    placed, implied = parse_ref("oci://placed.example/a/b"), REF
+    for ref in (theirs, others, ours, beside, placed, implied):
+        repository.push(ref, {"m": A})
+    fetch = FetchSettings(
+        headers=(("Authorization", "Bearer secret"),), endpoints=(("placed.example", "https://x.lan/y"),)
+    )
+    async with running_engine(tmp_path / "cache", replace(LAZY, fetch=fetch)) as engine:
+        for ref in (theirs, others, ours):
+            with pytest.raises(SourceError, match="weightfs add") as caught:
+                await engine.browse(ref)
+            assert caught.value.kind is FailureKind.AUTH
+        assert repository.asked == []
+        await engine.add(ours)
+        for ref in (beside, placed, implied):  # to hosts that were named, or to none
+            await engine.browse(ref)
+    async with running_engine(tmp_path / "cache2", LAZY) as engine:
+        await engine.browse(theirs)
+        assert len(engine.refs()) == 1

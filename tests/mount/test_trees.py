@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import trio
@@ -44,8 +45,9 @@ class Stage:
         self.trees = Trees(self.engine, [self.gate], self.shown.append)
         self.engine.on_change = self.trees.changed
 
-    def add(self, name: str, files: int) -> None:
+    def add(self, name: str, files: int, *, raw: bytes = b"") -> None:
         manifest = made_up_manifest(f"https/{name}", {f"{k}.gguf": f"{name}{k}" for k in range(files)})
+        manifest = replace(manifest, raw=raw)
         self.engine.put(manifest, {entry.blob.id: bytes(entry.blob.size) for entry in manifest.entries})
 
     def names(self) -> set[str]:
@@ -65,6 +67,18 @@ async def test_a_small_tree_is_there_when_the_change_was_told(stage: Stage) -> N
     assert stage.names() == {"a"}
     await stage.trees.settled()
     assert stage.gate.builds == [True]
+
+
+async def test_one_file_of_a_large_repository_does_not_hold_the_loop_while_the_whole_list_is_read(
+    stage: Stage,
+) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stage.trees.run)
+        stage.add("a", 1, raw=bytes(3 * trees.RAW_BYTES))
+        await stage.trees.settled()
+        assert stage.names() == {"a"}
+        nursery.cancel_scope.cancel()
+    assert stage.gate.builds == [False]
 
 
 async def test_a_large_tree_is_made_beside_the_readers_and_awaited_by_who_needs_it(stage: Stage) -> None:

@@ -255,6 +255,17 @@ async def test_list_found_at_a_public_host_may_not_name_private_addresses() -> N
         assert [mirror.url for mirror in blob.mirrors] == [own, "https://a.test/m"]
 
 
+async def test_a_host_in_its_xn_form_is_asked_and_one_that_means_nothing_is_an_error() -> None:
+    async with (
+        open_origin({"/m": b"bytes"}) as origin,
+        HttpsSource(HttpClient(FetchSettings(retry=0), backend=Elsewhere())) as source,
+    ):
+        found = await source.resolve(parse_ref(origin.url("/m", "xn--bcher-kva.example")))
+        assert found.entries[0].blob.size == 5
+        with pytest.raises(SourceError):
+            await source.resolve(parse_ref(origin.url("/m", "xn--zz.example")))
+
+
 async def test_retries_are_bounded_and_end_at_the_first_good_answer(autojump_clock: MockClock) -> None:
     async with open_origin({PATH: DATA}) as origin:
         broken = (Fault(K.STATUS, status=503), Fault(K.RESET_BEFORE_HEAD), Fault(K.STATUS, status=429))

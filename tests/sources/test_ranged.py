@@ -291,6 +291,14 @@ def redirecting(origin: Origin, path: str, location: str) -> None:
     origin.always[path] = Fault(K.REDIRECT, location=location)
 
 
+@pytest.mark.parametrize("location", ["http://127.0.0.1:99999/x", "http://xn--zz/x", "http://xn--a.b/x"])
+async def test_a_redirect_to_what_no_server_can_be_is_the_mirrors_fault(location: str) -> None:
+    async with open_origin({PATH: DATA}) as origin, Reading() as reader:
+        redirecting(origin, PATH, location)
+        with pytest.raises(SourceError):
+            await read(reader, Mirror(origin.url(PATH)))
+
+
 async def test_redirect_is_remembered_and_found_out_once_for_all() -> None:
     async with open_origin({"/signed": DATA}) as origin, Reading() as reader:
         redirecting(origin, PATH, "/signed?Expires=99999999999&sig=1")

@@ -486,6 +486,7 @@ async def test_how_many_tokens_are_kept_is_bounded(monkeypatch: pytest.MonkeyPat
         "http://u:p@127.0.0.1/t",
         "http://exa mple/",
         "http://[::1",
+        "http://127.0.0.1:99999/t",
         "x" * 40_000,
     ],
 )

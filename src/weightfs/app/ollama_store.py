@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,8 +176,11 @@ def _write_whole(place: Path, data: bytes, near: Path) -> None:
 
 
 def _digest_of(path: Path) -> str | None:
-    """SHA-256 of a manifest that is there; None if there is none."""
+    """SHA-256 of a manifest that is there; None if there is none. Empty for what is no regular file: never ours."""
     try:
+        # Not followed: a link may lead to a disk that is away now. Not opened: that waits for ever on a pipe.
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return ""
         with path.open("rb") as file:
             return hashlib.sha256(file.read(MAX_MANIFEST + 1)).hexdigest()
     except FileNotFoundError:

@@ -105,6 +105,7 @@ def _link(directory: Path, mountpoint: Path) -> Outcome:
             )
         if real.exists() and not real.is_dir():
             raise UsageError(f"{directory} is no directory; choose another name")
+        _check_owner(real, mountpoint)
         return OllamaStore(real, mountpoint / "ollama").update()
 
     try:
@@ -117,6 +118,19 @@ def _link(directory: Path, mountpoint: Path) -> Outcome:
         raise UsageError(
             f"{directory} cannot be written: {error.strerror}; choose another directory, or run this as its owner"
         ) from None
+
+
+def _check_owner(directory: Path, mountpoint: Path) -> None:
+    """Refuse to work as root where somebody else may put links and a record of his own: they would lead root anywhere.
+
+    What root makes there would be of no use either, since its owner could not change it. UsageError.
+    """
+    existing = next(place for place in (directory, *directory.parents) if place.exists())
+    if os.geteuid() == 0 and existing.stat().st_uid != 0:
+        raise UsageError(
+            f"{existing} belongs to another user, who could not change what root puts there; do it as that user: "
+            f"`sudo -u \\#{existing.stat().st_uid} weightfs link ollama {directory} --mountpoint {mountpoint}`"
+        )
 
 
 def _said_by_daemon(config: Config) -> Path:

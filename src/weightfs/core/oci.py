@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from weightfs.core.hosts import is_authority
 from weightfs.errors import RefError
 
 SCHEME: Final = "oci"
@@ -53,7 +54,7 @@ def parse_oci(text: str) -> OciName:
     host = DOCKER_HUB if host.lower() in DOCKER_HUB_ALIASES else host.lower()
     if not slash or not (host == "localhost" or re.search("[.:]", host)):
         raise RefError(f"{text[:200]!r} does not say which registry, as in docker.io/ai/smollm2; {_FORM}.")
-    if not _HOST.fullmatch(host):
+    if not _HOST.fullmatch(host) or not is_authority(host):
         raise RefError(f"{host[:100]!r} cannot be the host of a registry; {_FORM}.")
     repository, at, digest = rest.partition("@")
     reference = digest

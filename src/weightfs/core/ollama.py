@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from weightfs.core.hosts import is_authority
 from weightfs.errors import RefError
 
 SCHEME: Final = "ollama"
@@ -68,7 +69,7 @@ def parse_ollama(text: str) -> OllamaName:
         ("model", model, _MODEL),
         ("tag", tag, _TAG),
     ):
-        if not rule.fullmatch(part):
+        if not rule.fullmatch(part) or (what == "host" and not is_authority(part)):
             raise RefError(
                 f"{part[:100]!r} cannot be the {what} of an Ollama model; write [host/][namespace/]model[:tag]."
             )

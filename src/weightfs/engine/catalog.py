@@ -89,8 +89,9 @@ class Catalog:
 
     async def put(self, manifest: Manifest) -> list[BlobState]:
         """Pin a manifest; the states of its blobs, new ones and known ones."""
-        if known := self.ref(manifest.ref):
-            manifest = replace(manifest, ref=known.manifest.ref)
+        known = self.ref(manifest.ref)
+        if known is not None and known.manifest.ref != manifest.ref:  # another spelling, at the same time
+            manifest = replace(manifest, ref=known.manifest.ref, tree=known.manifest.tree)
         stored, recalled = await trio.to_thread.run_sync(self._put, manifest, frozenset(self._states))
         self._refs[identity(manifest.ref)] = stored
         self._count_kept()

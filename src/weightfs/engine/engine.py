@@ -49,8 +49,8 @@ from weightfs.engine.status import (
 )
 from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
-from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError
-from weightfs.sources import home_of, open_source
+from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError, SourceError
+from weightfs.sources import home_of, keeps_headers, open_source
 from weightfs.sources.base import Source
 from weightfs.store.cache import Cache, StoredRef
 
@@ -211,7 +211,16 @@ class Engine:
         return RefUpdate(before.manifest.ref, before.manifest.revision, new, _move(before, new))
 
     async def browse(self, ref: Ref) -> None:
-        """Let a ref be known because somebody looked at its path: as `add`, and nothing of it is fetched."""
+        """Let a ref be known because somebody looked at its path: as `add`, and nothing of it is fetched.
+
+        SourceError (AUTH) also if the configured headers would go to a host that nothing but the path has named.
+        """
+        if not keeps_headers(ref, self.settings.fetch, (stored.manifest.ref for stored in self.refs())):
+            raise SourceError(
+                f"{ref} is not looked up: the configured headers would go to a host that nothing but a path has named; "
+                "use `weightfs add`, or name the host in an [[endpoint]]",
+                kind=FailureKind.AUTH,
+            )
         await self.add(ref, headers=False)
 
     async def pin(self, ref_text: str, *, pinned: bool) -> None:

@@ -295,27 +295,29 @@ class HttpClient:
         return Reply(answer.status, answer.headers, body, answer.url)
 
     async def _check_address(self, start: httpx.URL, target: httpx.URL) -> None:
-        if target.host == start.host or target.host.lower() in self.settings.private_hosts:
+        host = _rules.host_of(target)
+        if host == _rules.host_of(start) or host in self.settings.private_hosts:
             return
         if await self._is_private(target) and not await self._is_private(start):
             raise _rules.failure(
                 FailureKind.REDIRECT,
                 start,
-                f"redirects from a public host to the private address of {target.host[:100]}; "
+                f"redirects from a public host to the private address of {host[:100]}; "
                 "add that host to private_hosts if this is meant",
             )
 
     async def _is_private(self, url: httpx.URL) -> bool:
-        literal = literal_address(url.host)
+        host = _rules.host_of(url)
+        literal = literal_address(host)
         if literal is not None:
             return is_private(literal)
-        if url.host.lower() == "localhost" or url.host.lower().endswith(".localhost"):
+        if host == "localhost" or host.endswith(".localhost"):
             return True
         if proxy_for(url, self.settings.proxy) is not None:
             return False  # the proxy resolves names, and has rules of its own
         try:
             with trio.fail_after(self.settings.connect_timeout):
-                addresses = await self._backend.resolver.addresses(url.host)
+                addresses = await self._backend.resolver.addresses(host)
         except (OSError, UnicodeError, trio.TooSlowError) as error:
             raise _rules.failure(FailureKind.CONNECT, url, "could not be resolved to an address") from error
         return any(is_private(address) for address in addresses)
@@ -341,7 +343,7 @@ def parse_url(url: str) -> httpx.URL:
         parsed = httpx.URL(url).copy_with(fragment=None)
     except httpx.InvalidURL as error:
         raise _rules.failure(FailureKind.PROTOCOL, "", "is not a URL that can be fetched") from error
-    if parsed.scheme not in ("http", "https") or not _rules.is_host(parsed.host):
+    if parsed.scheme not in ("http", "https") or not _rules.can_be_asked(parsed):
         raise _rules.failure(FailureKind.PROTOCOL, url, "is not an http(s) URL")
     return parsed
 

@@ -7,11 +7,13 @@ stead. The Hub and the registries that are meant when no host is said have token
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from typing import Final
 from urllib.parse import urlsplit
 
 from weightfs.core import hub, oci, ollama
-from weightfs.core.ref import Ref
+from weightfs.core.ref import Ref, parse_ref
+from weightfs.errors import RefError
 from weightfs.sources.base import FetchSettings
 
 # Their names do not say where their API is, or nobody had to write them.
@@ -55,6 +57,31 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def keeps_headers(ref: Ref, settings: FetchSettings, known: Iterable[str]) -> bool:
+    """Whether asking what `ref` is sends `settings.headers` to nobody new: to none, or to whom others have named.
+
+    Who looks at a path names a host as well, and may be anybody who may read the mount. Hosts count that the
+    configuration places (`endpoints`, `hf_endpoint`), and those of the refs in `known`.
+    """
+    from weightfs.sources import _rules
+
+    home = home_of(ref, settings)
+    if not settings.headers or home is None or ref.scheme == hub.SCHEME:
+        return True
+    places = {_rules.origin_of(url) for _, url in settings.endpoints}
+    return _rules.origin_of(home) in places.union(*(_origins(text, settings) for text in known))
+
+
+def _origins(text: str, settings: FetchSettings) -> set[str]:
+    from weightfs.sources import _rules
+
+    try:
+        home = home_of(parse_ref(text), settings)
+    except RefError:  # of a source that is not our own
+        return set()
+    return set() if home is None else {_rules.origin_of(home)}
 
 
 def _registry(host: str, settings: FetchSettings) -> str | None:

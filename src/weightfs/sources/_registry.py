@@ -143,7 +143,7 @@ class Repository:
                 f"{self._host} does not let the user of docker's configuration read {what}; "
                 f"ask for access, or log in again with {login}"
             )
-        if reply.url.scheme == "http" and not is_loopback(reply.url.host):
+        if reply.url.scheme == "http" and not is_loopback(_rules.host_of(reply.url)):
             return f"{self._host} wants credentials for {what}, which are not sent over plain http"
         return f"{what} is private or does not exist, and no credentials were accepted; log in with {login}"
 

@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 import httpx
 
 from weightfs.core.geometry import MAX_BLOB_SIZE, ByteSpan
+from weightfs.core.hosts import MAX_PORT
 from weightfs.core.retry import parse_retry_after
 from weightfs.errors import FailureKind, SourceError
 
@@ -232,7 +233,7 @@ def next_hop(current: httpx.URL, headers: httpx.Headers) -> Hop:
         target = current.join(location).copy_with(fragment=None)
     except (httpx.InvalidURL, ValueError) as error:
         raise failure(FailureKind.REDIRECT, current, "redirects to an invalid URL") from error
-    if not is_host(target.host):
+    if not can_be_asked(target):
         raise failure(FailureKind.REDIRECT, current, "redirects to an invalid URL")
     if target.scheme not in ("http", "https"):
         raise failure(FailureKind.REDIRECT, current, f"redirects to the scheme {target.scheme[:20]!r}")
@@ -241,6 +242,16 @@ def next_hop(current: httpx.URL, headers: httpx.Headers) -> Hop:
     if target.userinfo:
         raise failure(FailureKind.REDIRECT, current, "redirects to a URL with credentials in it")
     return Hop(target, leaves=origin_of(target) != origin_of(current))
+
+
+def host_of(url: str | httpx.URL) -> str:
+    """The host as it is sent, in lower case. Not `httpx.URL.host`: that decodes xn--, and fails where it cannot."""
+    return httpx.URL(url).raw_host.decode("ascii").lower()
+
+
+def can_be_asked(url: httpx.URL) -> bool:
+    """Whether host and port can be those of a server: httpx takes any, and fails later, when they are looked at."""
+    return is_host(host_of(url)) and (url.port is None or 0 < url.port <= MAX_PORT)
 
 
 def is_host(host: str) -> bool:
@@ -258,7 +269,7 @@ def origin_of(url: str | httpx.URL) -> str:
     """`scheme://host:port`, the port always given: two URLs with the same one share credentials."""
     parsed = httpx.URL(url)
     port = parsed.port or {"http": 80, "https": 443}.get(parsed.scheme, 0)
-    return f"{parsed.scheme}://{parsed.host.lower()}:{port}"
+    return f"{parsed.scheme}://{host_of(parsed)}:{port}"
 
 
 def expires_at(url: str | httpx.URL) -> float | None:

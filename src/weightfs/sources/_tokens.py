@@ -183,7 +183,7 @@ def _choose(challenges: Sequence[Challenge]) -> Challenge | None:
 
 def _is_safe(url: httpx.URL) -> bool:
     """Whether nobody on the way can read or change what is sent there."""
-    return url.scheme == "https" or is_loopback(url.host)
+    return url.scheme == "https" or is_loopback(_rules.host_of(url))
 
 
 def _realm_of(url: httpx.URL, challenge: Challenge, repository: str) -> httpx.URL:
@@ -193,7 +193,7 @@ def _realm_of(url: httpx.URL, challenge: Challenge, repository: str) -> httpx.UR
         realm = httpx.URL(text[: _rules.MAX_URL]).copy_with(fragment=None)
     except httpx.InvalidURL as error:
         raise _rules.failure(FailureKind.REDIRECT, url, "names a token server that is no URL") from error
-    if realm.scheme not in ("http", "https") or not _rules.is_host(realm.host) or realm.userinfo:
+    if realm.scheme not in ("http", "https") or not _rules.can_be_asked(realm) or realm.userinfo:
         raise _rules.failure(FailureKind.REDIRECT, url, "names a token server that is no http(s) URL")
     if url.scheme == "https" and realm.scheme == "http":
         raise _rules.failure(

@@ -21,7 +21,7 @@ import httpx
 
 from weightfs.errors import ConfigError
 from weightfs.sources._connection import Body, BulkConnection, Route
-from weightfs.sources._rules import is_host
+from weightfs.sources._rules import can_be_asked, host_of
 from weightfs.sources._stream import BulkBackend
 
 MAX_CONNECTIONS = 256  # far above what the engine fetches at once: waiting happens there, not in the pool
@@ -151,7 +151,7 @@ def client_context(ca_file: str | None) -> ssl.SSLContext:
 
 def proxy_for(url: httpx.URL, setting: str | None) -> str | None:
     """`setting`, else `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` (any case); None where `NO_PROXY` says so."""
-    if urllib.request.proxy_bypass(f"{url.host}:{url.port}" if url.port else url.host):
+    if urllib.request.proxy_bypass(f"{host_of(url)}:{url.port}" if url.port else host_of(url)):
         return None
     if setting is not None:
         return setting or None
@@ -166,7 +166,7 @@ def _route(context: ssl.SSLContext, proxy: str | None) -> Route:
         url = httpx.URL(proxy if "://" in proxy else f"http://{proxy}")
     except httpx.InvalidURL:
         url = httpx.URL("invalid://")
-    if url.scheme not in ("http", "https") or not is_host(url.host):
+    if url.scheme not in ("http", "https") or not can_be_asked(url):
         raise ConfigError("The proxy setting is not an http:// or https:// URL; correct it or unset it.")
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if url.userinfo:

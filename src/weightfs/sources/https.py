@@ -264,14 +264,14 @@ def _means_none(error: SourceError) -> bool:
 def is_secure(url: str, reply: Reply) -> bool:
     """Whether nobody between the origin and here can have changed the reply."""
     asked = httpx.URL(url)
-    return all(place.scheme == "https" or is_loopback(place.host) for place in (asked, reply.url))
+    return all(place.scheme == "https" or is_loopback(_rules.host_of(place)) for place in (asked, reply.url))
 
 
 def without_private(own: str, mirrors: tuple[Mirror, ...]) -> tuple[Mirror, ...]:
     """A list found at a public host may not send readers to this machine or its network by address."""
 
     def private(url: str) -> bool:
-        host = httpx.URL(url).host
+        host = _rules.host_of(url)
         literal = literal_address(host)
         return is_loopback(host) or (literal is not None and is_private(literal))
 

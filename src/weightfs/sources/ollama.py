@@ -110,7 +110,7 @@ class OllamaSource:
             logger.debug("no regular chunk list of %s", _rules.label(url))
             return None
         asked = parse_url(url)
-        private = asked.scheme == "https" or is_loopback(asked.host)
+        private = asked.scheme == "https" or is_loopback(_rules.host_of(asked))
         trusted = private and _rules.origin_of(reply.url) == _rules.origin_of(asked)
         if not trusted and self._client.settings.policy is Policy.STRICT:
             return None  # it would be refused, where no list at all is not
