@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import random
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -51,7 +50,7 @@ from weightfs.testing.registry import (
     push_ollama,
     write_docker_config,
 )
-from weightfs.testing.sources import read_entry
+from weightfs.testing.sources import Elsewhere, read_entry
 from weightfs.testing.tls import make_tls
 from weightfs.testing.token_server import reply, serve, stop_server
 
@@ -278,18 +277,11 @@ def challenge(realm: str, **more: str) -> Fault:
     return Fault(FaultKind.STATUS, status=401, headers=(("WWW-Authenticate", f"Bearer {parameters}"),))
 
 
-class Elsewhere(BulkBackend):
-    """Names that begin with `public` are public, others private; every connection is to this machine."""
+class PublicOrPrivate(Resolver):
+    """Names that begin with `public` are public, others private."""
 
-    class Names(Resolver):
-        async def look_up(self, host: str) -> tuple[Address, ...]:
-            return (ipaddress.ip_address("93.184.215.14" if host.startswith("public") else "192.168.1.7"),)
-
-    def __init__(self) -> None:
-        super().__init__(self.Names())
-
-    async def connect_address(self, address: Address, port: int) -> socket.socket:
-        return await super().connect_address(ipaddress.ip_address("127.0.0.1"), port)
+    async def look_up(self, host: str) -> tuple[Address, ...]:
+        return (ipaddress.ip_address("93.184.215.14" if host.startswith("public") else "192.168.1.7"),)
 
 
 async def read_blob(url: str, backend: BulkBackend | None = None, **settings: Any) -> bytes:
@@ -375,12 +367,12 @@ async def test_a_public_registry_may_not_send_to_a_private_token_server(tmp_path
         for realm in (f"http://private:{origin.port}{REALM}", origin.url(REALM)):
             origin.script(BLOB, challenge(realm))
             with pytest.raises(SourceError, match="private address") as caught:
-                await read_blob(f"http://public:{origin.port}{BLOB}", Elsewhere())
+                await read_blob(f"http://public:{origin.port}{BLOB}", Elsewhere(PublicOrPrivate()))
             assert caught.value.kind is FailureKind.REDIRECT
         origin.script(REALM, Fault(FaultKind.REDIRECT, location=f"http://private:{origin.port}/"))
         origin.script(BLOB, challenge(f"http://public-too:{origin.port}{REALM}"))
         with pytest.raises(SourceError, match="private address"):
-            await read_blob(f"http://public:{origin.port}{BLOB}", Elsewhere())
+            await read_blob(f"http://public:{origin.port}{BLOB}", Elsewhere(PublicOrPrivate()))
         assert not [seen for seen in origin.seen if seen.headers["host"].startswith("private")]
 
 
@@ -390,7 +382,7 @@ async def test_credentials_are_not_sent_where_somebody_could_read_or_ask_for_the
         auths = {host: {"auth": base64.b64encode(b"ann:secret").decode()} for host in hosts}
         config = tmp_path / "config.json"
         config.write_text(json.dumps({"auths": auths}))
-        settings: dict[str, Any] = {"docker_config": str(config), "backend": Elsewhere()}
+        settings: dict[str, Any] = {"docker_config": str(config), "backend": Elsewhere(PublicOrPrivate())}
         # The registry is on plain http: who asks may be anybody on the way.
         origin.script(BLOB, challenge(f"http://public:{origin.port}{REALM}"))
         assert await read_blob(f"http://public:{origin.port}{BLOB}", **settings)
@@ -635,7 +627,8 @@ async def test_credentials_over_plain_http_are_not_missed_silently(guarded: Dock
     guarded.tokens.lifetime = -3600
     endpoints = (("public.lan", f"http://public.lan:{guarded.port}"),)
     client = HttpClient(
-        FetchSettings(retry=0, endpoints=endpoints, private_hosts=("127.0.0.1",)), backend=Elsewhere()
+        FetchSettings(retry=0, endpoints=endpoints, private_hosts=("127.0.0.1",)),
+        backend=Elsewhere(PublicOrPrivate()),
     )
     async with OllamaSource(client) as source:
         with pytest.raises(SourceError, match="which are not sent over plain http"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -243,3 +243,27 @@ class _SpanBody:
         return _rules.failure(
             FailureKind.PROTOCOL, self._url, f"sent more than the {self._length} bytes asked for"
         )
+
+
+class RangedSource:
+    """What the sources over http share: spans are read by one `RangeReader`, and the client is theirs to close."""
+
+    def __init__(self, client: HttpClient) -> None:
+        self._client = client
+        self._reader = RangeReader(client)
+
+    def open_range(
+        self, mirror: Mirror, shape: BlobShape, span: ByteSpan, *, whole: bool = False
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Stream `span` from `mirror`: see `Source.open_range`."""
+        return self._reader.open(mirror, shape, span, whole=whole)
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._client.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()

@@ -13,10 +13,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import trio
 
@@ -31,6 +29,7 @@ from weightfs.sources import _published, _rules
 from weightfs.sources._client import HttpClient
 from weightfs.sources._homes import home_of
 from weightfs.sources._hub import HubApi
+from weightfs.sources._ranged import RangedSource
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.sources.https import SIGNATURE_SUFFIX, SUFFIX, HttpsSource, is_secure, without_private
 from weightfs.sources.minisign import MAX_SIGNATURE_BYTES
@@ -59,11 +58,11 @@ class _Commit:
     secure: bool
 
 
-class HfSource:
+class HfSource(RangedSource):
     """Resolves hf refs, and reads spans from such mirrors."""
 
     def __init__(self, client: HttpClient) -> None:
-        self._client = client
+        super().__init__(client)
         self._settings = client.settings
         self._https = HttpsSource(client)
         self._api = HubApi(client)
@@ -86,22 +85,6 @@ class HfSource:
         entries = await trio.to_thread.run_sync(self._entries, commit, files, documents)
         raw = await trio.to_thread.run_sync(lambda: commit.tree.raw)
         return Manifest(str(ref), commit.tree.sha, name.tree, entries, raw)
-
-    def open_range(
-        self, mirror: Mirror, shape: BlobShape, span: ByteSpan, *, whole: bool = False
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Stream `span` from `mirror`: see `Source.open_range`."""
-        return self._https.open_range(mirror, shape, span, whole=whole)
-
-    async def aclose(self) -> None:
-        """Close every connection."""
-        await self._https.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
     def _url(self, commit: _Commit, file: HubFile) -> str:
         return self._api.file_url(commit.name, commit.tree.sha, file.path)

@@ -11,16 +11,13 @@ import base64
 import binascii
 import logging
 import re
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import httpx
 import trio
 
-from weightfs.core.geometry import MAX_BLOB_SIZE, BlobShape, ByteSpan
+from weightfs.core.geometry import MAX_BLOB_SIZE
 from weightfs.core.manifest import Entry, Manifest, Mirror
 from weightfs.core.metalink import MAX_METALINK_BYTES
 from weightfs.core.ref import Ref, tree_of
@@ -28,7 +25,7 @@ from weightfs.errors import ChunkListError, FailureKind, SourceError
 from weightfs.sources import _published, _rules
 from weightfs.sources._client import Answer, HttpClient, Reply, TooLongError, parse_url
 from weightfs.sources._homes import is_loopback
-from weightfs.sources._ranged import RangeReader
+from weightfs.sources._ranged import RangedSource
 from weightfs.sources._stream import is_private, literal_address
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.sources.minisign import MAX_SIGNATURE_BYTES
@@ -58,13 +55,12 @@ def open_source(settings: FetchSettings) -> Source:
     return HttpsSource(HttpClient(settings))
 
 
-class HttpsSource:
+class HttpsSource(RangedSource):
     """Resolves https and http refs, and reads spans from such mirrors."""
 
     def __init__(self, client: HttpClient) -> None:
-        self._client = client
+        super().__init__(client)
         self._settings = client.settings
-        self._reader = RangeReader(client)
 
     async def resolve(self, ref: Ref) -> Manifest:
         """Ask the origin what `ref` is, now. SourceError, ChunkListError, SignatureError, IntegrityError."""
@@ -86,27 +82,11 @@ class HttpsSource:
         tree, name = tree_of(ref)
         return Manifest(str(ref), _published.revision_of(blob), tree, (Entry(name, blob),))
 
-    def open_range(
-        self, mirror: Mirror, shape: BlobShape, span: ByteSpan, *, whole: bool = False
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Stream `span` from `mirror`: see `Source.open_range`."""
-        return self._reader.open(mirror, shape, span, whole=whole)
-
     async def named_document(self, named: str, ref: Ref) -> _published.Document | None:
         """The chunk list that the user named by `--chunks FILE|URL` for `ref`. SourceError, ChunkListError."""
         if re.match(r"https?://", named):
             return await self._fetch_document(named, ref, explicit=True)
         return await read_document(Path(named.removeprefix("file://")), explicit=True)
-
-    async def aclose(self) -> None:
-        """Close every connection."""
-        await self._client.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
     async def _probe(self, url: str) -> _Probe:
         attempt = 0

@@ -8,9 +8,6 @@ compressed is refused, for no part of it can be read by itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
-from typing import Self
 
 import trio
 
@@ -26,15 +23,15 @@ from weightfs.core.artifact import (
     is_model_type,
 )
 from weightfs.core.artifact_paths import LayerFile, Paths, oci_files
-from weightfs.core.geometry import BlobShape, ByteSpan
-from weightfs.core.manifest import Blob, Entry, Manifest, Mirror
+from weightfs.core.geometry import ByteSpan
+from weightfs.core.manifest import Blob, Entry, Manifest
 from weightfs.core.oci import SCHEME, parse_oci
 from weightfs.core.ref import Ref
 from weightfs.core.tar import MAX_MEMBERS, TarFiles, walk_tar
 from weightfs.errors import IntegrityError, SourceError
 from weightfs.sources._client import HttpClient
 from weightfs.sources._homes import home_of
-from weightfs.sources._ranged import RangeReader
+from weightfs.sources._ranged import RangedSource
 from weightfs.sources._registry import Blobs, Document, Repository
 from weightfs.sources.base import FetchSettings, Source
 
@@ -54,12 +51,8 @@ def open_source(settings: FetchSettings) -> Source:
     return OciSource(HttpClient(settings))
 
 
-class OciSource:
+class OciSource(RangedSource):
     """Resolves oci refs, and reads spans of their layers."""
-
-    def __init__(self, client: HttpClient) -> None:
-        self._client = client
-        self._reader = RangeReader(client)
 
     async def resolve(self, ref: Ref) -> Manifest:
         """Ask the registry what `ref` is, now. SourceError, IntegrityError, SignatureError.
@@ -81,22 +74,6 @@ class OciSource:
         if not entries:
             raise IntegrityError(f"{ref} is an artifact without files.")
         return Manifest(str(ref), document.revision, name.tree, entries, document.raw)
-
-    def open_range(
-        self, mirror: Mirror, shape: BlobShape, span: ByteSpan, *, whole: bool = False
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Stream `span` from `mirror`: see `Source.open_range`."""
-        return self._reader.open(mirror, shape, span, whole=whole)
-
-    async def aclose(self) -> None:
-        """Close every connection."""
-        await self._client.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
     async def _choose(self, repository: Repository, index: Index, what: str) -> Document:
         """The one model of an index."""

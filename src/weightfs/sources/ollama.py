@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
-from typing import Self
 
 import trio
 
 from weightfs.core.artifact import DOCKER_MANIFEST, Artifact, Descriptor
 from weightfs.core.artifact_paths import ollama_files
-from weightfs.core.geometry import MIB, BlobShape, ByteSpan
-from weightfs.core.manifest import Entry, Manifest, Mirror, Policy
+from weightfs.core.geometry import MIB
+from weightfs.core.manifest import Entry, Manifest, Policy
 from weightfs.core.metalink import MAX_METALINK_BYTES, MAX_PIECES, Metalink
 from weightfs.core.ollama import SCHEME, parse_ollama
 from weightfs.core.ref import Ref
@@ -26,7 +23,7 @@ from weightfs.sources import _rules
 from weightfs.sources._client import HttpClient, parse_url
 from weightfs.sources._homes import home_of, is_loopback
 from weightfs.sources._published import Published
-from weightfs.sources._ranged import RangeReader
+from weightfs.sources._ranged import RangedSource
 from weightfs.sources._registry import Blobs, Repository
 from weightfs.sources.base import FetchSettings, Source
 
@@ -43,12 +40,8 @@ def open_source(settings: FetchSettings) -> Source:
     return OllamaSource(HttpClient(settings))
 
 
-class OllamaSource:
+class OllamaSource(RangedSource):
     """Resolves ollama refs, and reads spans of their layers."""
-
-    def __init__(self, client: HttpClient) -> None:
-        self._client = client
-        self._reader = RangeReader(client)
 
     async def resolve(self, ref: Ref) -> Manifest:
         """Ask the registry what `ref` is, now. SourceError, IntegrityError, SignatureError."""
@@ -76,22 +69,6 @@ class OllamaSource:
 
         found = await trio.to_thread.run_sync(entries)
         return Manifest(str(ref), document.revision, name.tree, found, document.raw)
-
-    def open_range(
-        self, mirror: Mirror, shape: BlobShape, span: ByteSpan, *, whole: bool = False
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Stream `span` from `mirror`: see `Source.open_range`."""
-        return self._reader.open(mirror, shape, span, whole=whole)
-
-    async def aclose(self) -> None:
-        """Close every connection."""
-        await self._client.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
     async def _chunksums(self, repository: Repository, layer: Descriptor) -> Published | None:
         """The registry's own chunk list of a big layer, if it has one that can be used."""

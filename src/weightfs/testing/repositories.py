@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import trio
 
 from weightfs.core.geometry import BlobShape, ByteSpan
+from weightfs.core.hubtree import git_oid
 from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror
 from weightfs.core.ref import Ref
 from weightfs.errors import FailureKind, SourceError
@@ -20,7 +21,7 @@ from weightfs.errors import FailureKind, SourceError
 
 def git_sha1(data: bytes) -> bytes:
     """What git calls a file with these bytes: 20 bytes."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).digest()
+    return bytes.fromhex(git_oid(data))
 
 
 def make_blob(data: bytes, url: str, *, digest: str = "git-sha1", chunk_length: int = 0) -> Blob:

@@ -191,10 +191,13 @@ class PublicResolver(Resolver):
 
 
 class Elsewhere(BulkBackend):
-    """Every name is public, and every connection is to this machine: for what is not trusted on loopback alone."""
+    """Every connection is to this machine, whatever the name: for what is not trusted on loopback alone.
 
-    def __init__(self) -> None:
-        super().__init__(PublicResolver())
+    Without a `resolver` every name is public.
+    """
+
+    def __init__(self, resolver: Resolver | None = None) -> None:
+        super().__init__(resolver or PublicResolver())
 
     async def connect_address(self, address: Address, port: int) -> socket.socket:  # noqa: ARG002  never there
         """To 127.0.0.1, whatever the address."""
