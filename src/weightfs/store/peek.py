@@ -15,7 +15,8 @@ from pathlib import Path
 
 import lmdb
 
-from weightfs.errors import CacheCorruptError, CacheError
+from weightfs.errors import CacheError
+from weightfs.store.index import corrupt
 from weightfs.store.records import RecordError, decode_ref, unseal
 
 MAX_REFS = 10_000  # as many as the configuration may name
@@ -49,9 +50,7 @@ def ref_names(directory: Path, timeout: float) -> list[str]:
         raise CacheError(f"the process that reads the index in {directory} failed: {error}") from None
     if not isinstance(names, list):
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit {done.returncode}"]
-        raise CacheCorruptError(
-            f"the index in {directory} cannot be read ({last[0][:200]}); `weightfs ls` says how to set it aside"
-        )
+        raise corrupt(directory, last[0][:200])
     return [str(name) for name in names]
 
 

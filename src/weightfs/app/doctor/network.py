@@ -12,6 +12,7 @@ from weightfs.logs import one_line, redact
 
 # Kinds that mend themselves: the mount goes on asking.
 _PASSING: Final = frozenset({FailureKind.BUSY})
+_NO_WAY: Final = frozenset({FailureKind.CONNECT, FailureKind.TIMEOUT, FailureKind.STALL, FailureKind.RESET})
 SOURCES: Final = "sources"
 
 
@@ -45,6 +46,8 @@ def refused(ref: str, error: WeightfsError) -> Verdict:
     if isinstance(error, SourceError):
         if error.kind is FailureKind.TLS:
             text += " (a private certificate authority is named with ca-file; a wrong clock looks the same)"
+        if error.kind in _NO_WAY:
+            text += "; look at the network, DNS and the proxy, and whether the server runs"
         if error.kind in _PASSING:
             return warning(SOURCES, _plain(text))
     return problem(SOURCES, _plain(text))

@@ -84,6 +84,8 @@ def look_at_index(root: Path) -> tuple[list[Verdict], list[str]]:
     """Of a cache that no daemon answers for: whether its index can be read, and its refs."""
     name = "cache"
     try:
+        if not (root / "index").exists():
+            return [ok(name, "it holds nothing yet")], []
         owner = _owner(root / "lock")
         if owner is not None:
             text = (
