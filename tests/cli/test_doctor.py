@@ -210,6 +210,7 @@ def test_the_filesystem_is_that_of_the_nearest_mount_and_of_several_the_last() -
 )
 def test_directory(found: Directory | None, level: Level, word: str) -> None:
     has(storage.directory("/cache", found, 7), level, word)
+    has(storage.directory("/cache", None, 7, can_make=False), PROBLEM, "--cache")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +243,7 @@ def test_mounts() -> None:
     has(d, OK, "/d")
     has(e, OK, "/e")
     has(storage.mounts([])[0], OK, "none")
+    has(storage.mounts(seen, left=3)[-1], WARNING, "3 more")
 
 
 # --- the network
@@ -369,7 +371,7 @@ def test_the_token_of_the_hub_is_tried_and_not_told(tmp_path: Path) -> None:
             tmp_path, "hf://org/name", HF_ENDPOINT=hub.endpoint, HF_TOKEN=TOKEN[:-1], code=PROBLEMS
         )
         unasked = doctor(tmp_path, HF_ENDPOINT=hub.endpoint, HF_TOKEN=TOKEN)
-    has(right["sources"][0], OK, "hf://org/name", "with credentials")
+    has(right["sources"][0], OK, "hf://org/name", "with the token")
     has(right["clock"][0], OK, "agrees with 127.0.0.1")
     has(wrong["sources"][0], PROBLEM, "token")
     has(unasked["sources"][0], OK, hub.endpoint, "can be reached")

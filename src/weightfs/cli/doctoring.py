@@ -53,7 +53,7 @@ def doctor(ctx: click.Context, /, refs: tuple[str, ...], as_json: bool, **_: obj
     from weightfs.app.doctor.verdicts import Level, is_sound
     from weightfs.app.interrupts import run_until_signal
 
-    config = load_config(ctx, level="error")
+    config = load_config(ctx)
     order = Order(config, tuple(str(ref) for ref in parse_refs(refs)), os.environ)
     results: list[list[Verdict]] = []
 
@@ -71,7 +71,7 @@ def doctor(ctx: click.Context, /, refs: tuple[str, ...], as_json: bool, **_: obj
         for line in lines(verdicts):
             click.echo(line)
         counts = {level: sum(one.level is level for one in verdicts) for level in Level}
-        click.echo(f"{counts[Level.PROBLEM]} problems, {counts[Level.WARNING]} warnings")
+        click.echo(f"problems: {counts[Level.PROBLEM]}, warnings: {counts[Level.WARNING]}")
     return 0 if is_sound(verdicts) else PROBLEMS
 
 

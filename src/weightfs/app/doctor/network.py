@@ -32,9 +32,8 @@ def proxies(found: Mapping[str, str], unreachable: Mapping[str, str]) -> list[Ve
     return verdicts
 
 
-def answered(ref: str, revision: str, *, with_secret: bool) -> Verdict:
-    """A source said what the ref is."""
-    how = "with credentials" if with_secret else "without credentials"
+def answered(ref: str, revision: str, how: str) -> Verdict:
+    """A source said what the ref is; `how`: with which credentials it was asked."""
     return ok(SOURCES, _plain(f"{ref} is there, at revision {revision[:40]} ({how})"))
 
 

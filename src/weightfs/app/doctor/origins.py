@@ -30,8 +30,7 @@ from weightfs.sources.base import FetchSettings
 STEP_SECONDS: Final = 5.0  # of connecting, and of response headers
 REF_SECONDS: Final = 10.0  # a ref takes a few requests: its revision, its files, a token
 DATE_SECONDS: Final = 3.0
-MAX_ASKED: Final = 64
-AT_ONCE: Final = 16
+MAX_ASKED: Final = 32  # all at once, so that the bound on one is the bound on all
 _PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -59,11 +58,9 @@ async def ask_all(
     rest = sorted(set(endpoints) - places)
     verdicts: dict[str, Verdict] = {}
     skews: dict[str, float] = {}
-    limit = trio.CapacityLimiter(AT_ONCE)
 
     async def ask(ref: str) -> None:
-        async with limit:
-            verdicts[ref] = await _ask(parse_ref(ref), fetch)
+        verdicts[ref] = await _ask(parse_ref(ref), fetch)
 
     async def reach(url: str) -> None:
         verdicts[url] = await _reach(url, fetch)
@@ -129,17 +126,30 @@ async def look_at_proxies(fetch: FetchSettings) -> list[Verdict]:
 
 async def _ask(ref: Ref, fetch: FetchSettings) -> Verdict:
     name = str(ref)
-    has_secret = bool(fetch.hf_token if ref.scheme == hub.SCHEME else fetch.headers or fetch.docker_config)
-    if ref.scheme == "file":
-        has_secret = False
     with trio.move_on_after(REF_SECONDS):
         try:
             async with contextlib.aclosing(open_source(ref.scheme, fetch)) as source:
                 manifest = await source.resolve(ref)
         except WeightfsError as error:
             return network.refused(name, error)
-        return network.answered(name, manifest.revision, with_secret=has_secret)
+        return network.answered(name, manifest.revision, _credentials(ref, fetch))
     return network.silent(name, REF_SECONDS)
+
+
+def _credentials(ref: Ref, fetch: FetchSettings) -> str:
+    """With what a source is asked, in words."""
+    match ref.scheme:
+        case hub.SCHEME:
+            return "with the token" if fetch.hf_token else "without a token"
+        case ollama.SCHEME | oci.SCHEME:
+            return (
+                f"with what {fetch.docker_config} has for it"
+                if fetch.docker_config
+                else "without credentials"
+            )
+        case "http" | "https" if fetch.headers:
+            return "with the configured headers"
+    return "without credentials"
 
 
 async def _reach(url: str, fetch: FetchSettings) -> Verdict:

@@ -30,7 +30,8 @@ SYSCTL: Final = Path("/proc/sys/fs/fuse")
 MOUNT_SECONDS: Final = 3.0  # a live mount answers in microseconds, one under load in milliseconds
 CONNECT_SECONDS: Final = 3.0
 INDEX_SECONDS: Final = 6.0
-MAX_MOUNTS: Final = 64
+MAX_MOUNTS: Final = 24
+MOUNTS_AT_ONCE: Final = 8  # each probe starts an interpreter
 MAX_DATA_FILES: Final = 100_000  # counted within a second
 
 
@@ -67,8 +68,9 @@ def look_at_cache(config: Config) -> list[Verdict]:
     root = config.cache
     try:
         found = _directory(root)
-        verdicts = [storage.directory(str(root), found, os.geteuid())]
         place = root if found is not None else next(one for one in root.parents if one.exists())
+        can_make = os.access(place, os.W_OK | os.X_OK)
+        verdicts = [storage.directory(str(root), found, os.geteuid(), can_make=can_make)]
         place = Path(os.path.realpath(place))
         verdicts.append(storage.filesystem(str(place), _filesystem_of(place)))
         values = os.statvfs(place)
@@ -107,13 +109,13 @@ def look_at_mounts() -> list[Verdict]:
         mount.path: mount for mount in mounttable.parse_mountinfo(text) if mount.fstype == mounttable.FSTYPE
     }
     chosen = list(found.values())[:MAX_MOUNTS]
-    with ThreadPoolExecutor(max_workers=max(1, len(chosen))) as pool:
+    with ThreadPoolExecutor(max_workers=MOUNTS_AT_ONCE) as pool:
         healths = list(pool.map(lambda one: mounttable.probe(Path(one.path), MOUNT_SECONDS), chosen))
     seen = [
         storage.Seen(one.path, health, _number(Path("/sys/class/bdi") / one.device / "read_ahead_kb"))
         for one, health in zip(chosen, healths, strict=True)
     ]
-    return storage.mounts(seen)
+    return storage.mounts(seen, left=len(found) - len(chosen))
 
 
 def connect(host: str, port: int) -> str | None:
@@ -203,6 +205,3 @@ def _owner(path: Path) -> int | None:
     finally:
         os.close(descriptor)
     return None
-
-
-__all__ = ["connect", "look_at_cache", "look_at_clock", "look_at_index", "look_at_machine", "look_at_mounts"]

@@ -79,9 +79,11 @@ def filesystem(path: str, fstype: str) -> Verdict:
     return ok(name, where)
 
 
-def directory(path: str, found: Directory | None, uid: int) -> Verdict:
-    """`found`: None if there is nothing yet."""
+def directory(path: str, found: Directory | None, uid: int, *, can_make: bool = True) -> Verdict:
+    """`found`: None if there is nothing yet, and `can_make` whether it can be made."""
     name = "cache directory"
+    if found is None and not can_make:
+        return problem(name, f"{path} is not there, and this user cannot make it: name another with --cache")
     if found is None:
         return ok(name, f"{path} is not there yet: the first mount or pull makes it")
     text = ""
@@ -126,12 +128,13 @@ def space(found: Space, max_size: int | None, min_free: int) -> Verdict:
     return ok(name, f"{free} are free, {format_size(found.used)} are cached")
 
 
-def mounts(seen: Sequence[Seen]) -> list[Verdict]:
-    """Each mount of weightfs on this machine."""
+def mounts(seen: Sequence[Seen], *, left: int = 0) -> list[Verdict]:
+    """Each mount of weightfs on this machine; `left` more were not looked at."""
     name = "mounts"
     if not seen:
         return [ok(name, "none of weightfs")]
-    return [_mount(name, one) for one in seen]
+    more = [warning(name, f"{left} more were not looked at: `findmnt -t fuse.weightfs` lists them")]
+    return [_mount(name, one) for one in seen] + (more if left else [])
 
 
 def _mount(name: str, one: Seen) -> Verdict:
