@@ -397,6 +397,20 @@ def test_settings_that_cannot_be_used_are_a_problem_and_end_nothing(tmp_path: Pa
     assert "sources" not in found
 
 
+def test_a_chunk_list_is_that_of_the_ref_that_was_named(tmp_path: Path) -> None:
+    for name in ("m.gguf", "other.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF" + bytes(100))
+    refs = f"file://{tmp_path}/other.gguf"
+    options = ["--chunks", str(tmp_path / "none.meta4")]
+    result = invoke(tmp_path, "doctor", "--cache", str(tmp_path / "cache"), *options)
+    assert (result.exit_code, "--chunks" in result.stderr) == (2, True)
+    named = f"file://{tmp_path}/m.gguf"
+    first, *_ = doctor(tmp_path, named, *options, WEIGHTFS_REFS=refs, code=PROBLEMS)["sources"]
+    has(first, PROBLEM, "none.meta4")
+    other = doctor(tmp_path, f"http://127.0.0.1:{free_port()}/x", *options, WEIGHTFS_REFS=refs)["sources"]
+    has(other[1], OK, "other.gguf")
+
+
 def test_an_idle_cache_is_read_and_stays_as_it_is(tmp_path: Path) -> None:
     model = tmp_path / "m.gguf"
     model.write_bytes(b"GGUF" + bytes(100))

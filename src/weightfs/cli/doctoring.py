@@ -44,17 +44,21 @@ PROBLEMS: Final = 8  # an exit code of its own: the doctor itself worked
 def doctor(ctx: click.Context, /, refs: tuple[str, ...], as_json: bool, **_: object) -> int:
     """Check kernel, FUSE, limits, cache, mounts, clock, proxy and sources, and say what to do about each.
 
-    Each source of the cache and of the configuration is asked for one of its refs, and for every REF given. Nothing is
-    changed or fetched. Ends with code 8 if there is a problem; a warning is none.
+    Each source of the cache and of the configuration is asked for one of its refs, and for every REF given: once, for
+    some seconds at most, whatever --retry and --timeout say. Nothing is changed or fetched. Ends with code 8 if
+    there is a problem; a warning is none.
     """
     import trio
 
     from weightfs.app.doctor.examine import Order, examine
     from weightfs.app.doctor.verdicts import Level, is_sound
     from weightfs.app.interrupts import run_until_signal
+    from weightfs.app.settings import check_chunks
 
     config = load_config(ctx)
-    order = Order(config, tuple(str(ref) for ref in parse_refs(refs)), os.environ)
+    named, chunks = tuple(str(ref) for ref in parse_refs(refs)), ctx.params["chunks"]
+    check_chunks(chunks, len(named))
+    order = Order(config, named, os.environ, chunks)
     results: list[list[Verdict]] = []
 
     async def run() -> None:

@@ -25,11 +25,12 @@ STEP_SECONDS: Final = 10.0  # more than any bound inside a probe: who is later h
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to examine. `refs` are those that were named."""
+    """What to examine. `refs` are those that were named, `chunks` the chunk list of the one."""
 
     config: Config
     refs: tuple[str, ...]
     env: Mapping[str, str]
+    chunks: str | None = None
 
 
 async def examine(order: Order) -> list[Verdict]:
@@ -38,7 +39,7 @@ async def examine(order: Order) -> list[Verdict]:
     fetch: FetchSettings | None = None
     settings: list[Verdict] = []
     try:
-        fetch = fetch_settings(config, chunks=None, env=order.env)
+        fetch = fetch_settings(config, chunks=order.chunks, env=order.env)
     except ConfigError as error:
         settings.append(problem("settings", str(error)))
     steps: dict[str, Callable[[], Awaitable[list[Verdict]]]] = {

@@ -41,7 +41,7 @@ async def ask_all(
 
     Args:
         fetch: How they are reached; the bounds are cut down here.
-        named: Refs that are each asked for.
+        named: Refs that are each asked for; a chunk list in `fetch` is theirs.
         others: Refs of which one is asked for at each place.
         endpoints: URLs of APIs that are connected to, if no ref goes there.
     """
@@ -60,7 +60,8 @@ async def ask_all(
     skews: dict[str, float] = {}
 
     async def ask(ref: str) -> None:
-        verdicts[ref] = await _ask(parse_ref(ref), fetch)
+        own = fetch if ref in named else replace(fetch, chunks=None)
+        verdicts[ref] = await _ask(parse_ref(ref), own)
 
     async def reach(url: str) -> None:
         verdicts[url] = await _reach(url, fetch)
