@@ -109,7 +109,7 @@ install_units() {
   place_with_paths systemd/mount.weightfs "$SBINDIR/mount.weightfs" 0755
   place systemd/sysusers.conf "$SYSUSERSDIR/weightfs.conf" 0644
   place systemd/ollama.service.d/weightfs.conf "$DOCDIR/ollama.service.d/weightfs.conf" 0644
-  for page in systemd configuration semantics; do
+  for page in systemd configuration semantics troubleshooting; do
     place "docs/$page.md" "$DOCDIR/$page.md" 0644
   done
   # Settings are the operator's from the first moment on: `uninstall` compares before it removes them.

@@ -42,21 +42,28 @@ def hub_token(config: Config, env: Mapping[str, str]) -> str:
 
     Empty if there is none. ConfigError if what was named cannot be a token.
     """
+    return hub_token_and_place(config, env)[0]
+
+
+def hub_token_and_place(config: Config, env: Mapping[str, str]) -> tuple[str, str]:
+    """The same, and where it was found; both are empty if there is none."""
     if given := env.get("HF_TOKEN", "").strip():
-        return _token(given, "the variable HF_TOKEN")
+        return _token(given, "the variable HF_TOKEN"), "HF_TOKEN"
     if config.hf_token_file is not None:
-        return _token_of_file(config.hf_token_file, "hf-token-file")
+        return _token_of_file(config.hf_token_file, "hf-token-file"), f"hf-token-file {config.hf_token_file}"
     credential = _credential(env, HUB_CREDENTIAL)
     if credential is not None:
-        return _token_of_file(credential, f"the credential {HUB_CREDENTIAL}")
+        return _token_of_file(
+            credential, f"the credential {HUB_CREDENTIAL}"
+        ), f"the credential {HUB_CREDENTIAL}"
     path = _clients_token_file(env)
     if not is_there(path):
-        return ""
+        return "", ""
     try:
-        return _token_of_file(path, "the token of the Hub's own client")
+        return _token_of_file(path, "the token of the Hub's own client"), str(path)
     except ConfigError as error:
         log.warning("%s; the Hub is asked without a token", error)
-        return ""
+        return "", ""
 
 
 def registry_auth_file(config: Config, env: Mapping[str, str]) -> str | None:

@@ -9,6 +9,8 @@ import click
 import weightfs
 from weightfs.cli.adding import add, pin, unpin, update
 from weightfs.cli.cleaning import gc
+from weightfs.cli.configuring import config
+from weightfs.cli.doctoring import doctor
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
 from weightfs.cli.keeping import rm, verify
 from weightfs.cli.linking import env, link
@@ -36,6 +38,7 @@ Exit codes:
   5    the cache cannot be used: busy, full, damaged, no permission
   6    the mount point, /dev/fuse or fusermount3
   7    the daemon did not answer, or ended before it served
+  8    weightfs doctor found a problem
   130  stopped by Ctrl-C (143: by SIGTERM); what has landed is kept
 
 \b
@@ -57,7 +60,7 @@ def cli() -> None:
 
 for command in (
     *(mount, umount, add, pull, update, pin, unpin),
-    *(status, ls, map_, verify, gc, rm, link, env, publish),
+    *(status, ls, map_, verify, gc, rm, link, env, publish, doctor, config),
 ):
     cli.add_command(command)
 

@@ -74,21 +74,27 @@ def load(
         ConfigError: One sentence with the place, the key and what may stand there.
     """
     env = os.environ if env is None else env
-    layers: list[tuple[str, Mapping[str, Any]]] = []
-    path = find_file(file, env)
-    if path is not None:
-        layers.append((str(path), read_file(path)))
-    layers.append((ENVIRONMENT, read_env(env)))
-    layers.append((COMMAND_LINE, options))
     merged: dict[str, Any] = {"cache": default_cache(env)}
-    for place, values in layers:
-        layer = check(values, place)
+    for _, layer in layers(options, file=file, env=env):
         merged.update({name: getattr(layer, name) for name in layer.model_fields_set})
     # A daemon that detaches leaves the directory that relative paths belong to.
     merged = {
         name: Path.cwd() / value if isinstance(value, Path) else value for name, value in merged.items()
     }
     return Config().model_copy(update=merged)
+
+
+def layers(
+    options: Mapping[str, Any], *, file: Path | None, env: Mapping[str, str]
+) -> list[tuple[str, Config]]:
+    """Each layer with its place, checked, the lowest first; see `check` and `load`. ConfigError."""
+    given: list[tuple[str, Mapping[str, Any]]] = []
+    path = find_file(file, env)
+    if path is not None:
+        given.append((str(path), read_file(path)))
+    given.append((ENVIRONMENT, read_env(env)))
+    given.append((COMMAND_LINE, options))
+    return [(place, check(values, place)) for place, values in given]
 
 
 def read_file(path: Path) -> dict[str, Any]:

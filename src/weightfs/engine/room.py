@@ -77,6 +77,8 @@ class Room:
         self._holdings = holdings
         self._poked = trio.Event()
         self._evicting = trio.Lock()  # held across disk work, never across network
+        self._relieving = False  # a full disk is what is being evicted for
+        self._reliefs = 0  # how often one was given room
         self._measured = self._aged = self._noted = float("-inf")
         self._free_bound: int | None = None  # what may be held, by the filesystem's space
         self._leaving = 0  # bytes of removed blobs whose files are still there
@@ -302,14 +304,23 @@ class Room:
     async def relieve(self, state: BlobState, job: int) -> bool:
         """The disk is full, says `job` (0: a commit). Whether there is room now: once, until a commit went well."""
         if self._evicting.statistics().owner is trio.lowlevel.current_task():
-            return False  # a commit that an eviction begins with: it is what room is being made for
+            # A commit that an eviction begins with. If that is for the sake of a full disk, there will be room.
+            return self._relieving
+        made = self._reliefs
         async with self._evicting:
-            if 0 < job < state.relieved:
+            if 0 < job < state.relieved or self._reliefs != made:
                 return True  # somebody who failed at the same time had it made already
             if state.relieved:
                 return False
             state.relieved = self._planner.next_job
-            return await self._evict(max(self._batch(), MARGIN)) > 0
+            self._relieving = True
+            try:
+                # What has landed is not committed before there is somebody to evict: on a full disk that fails.
+                freed = await self._evict(max(self._batch(), MARGIN), settle=False)
+            finally:
+                self._relieving = False
+            self._reliefs += freed > 0
+            return freed > 0
 
     # ---- evicting
 
@@ -327,12 +338,13 @@ class Room:
             freed = found.nbytes if dry_run else self.evicted_bytes - before
         return GcReport(dry_run, tuple(done), freed, found.missing, self._planner.held_bytes, self.limit)
 
-    async def _evict(self, wanted: int, least: int = 0) -> int:
+    async def _evict(self, wanted: int, least: int = 0, *, settle: bool = True) -> int:
         """Evict what is too old and, of the rest, `wanted` bytes as far as they can be had; nothing if not `least`.
 
         The bytes that are free now.
         """
-        await self._holdings.settle()
+        if settle:
+            await self._holdings.settle()
         found = self._plan(wanted)
         return sum(await self._carry_out(found)) if found.nbytes >= least else 0
 

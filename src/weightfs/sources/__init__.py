@@ -15,10 +15,10 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
 from weightfs.errors import RefError
-from weightfs.sources._homes import home_of, keeps_headers
+from weightfs.sources._homes import base_url, home_of, keeps_headers
 from weightfs.sources.base import FetchSettings, Source
 
-__all__ = ["ENTRY_POINTS", "home_of", "keeps_headers", "open_source", "schemes"]
+__all__ = ["ENTRY_POINTS", "base_url", "home_of", "keeps_headers", "open_source", "schemes"]
 
 ENTRY_POINTS = "weightfs.sources"
 _NOT_SCHEMES = frozenset({"base", "minisign", "publish"})
