@@ -37,20 +37,32 @@ def missing(filesystem: str) -> str | None:
     """Why this filesystem cannot be tried here, or None."""
     if os.geteuid() != 0:
         return "only root may mount images"
-    if shutil.which(f"mkfs.{filesystem}", path=_SBIN) is None:
-        return f"mkfs.{filesystem} is not installed"
-    if not Path("/dev/loop-control").exists():
-        return "there are no loop devices: modprobe loop"
-    modprobe = shutil.which("modprobe", path=_SBIN)
-    if modprobe is not None:  # a filesystem may be a module that nobody has asked for yet
-        subprocess.run([modprobe, "-q", filesystem], check=False, timeout=SECONDS)  # noqa: S603
-    known = {line.split()[-1] for line in Path("/proc/filesystems").read_text().splitlines()}
-    return None if filesystem in known else f"this kernel has no {filesystem}"
+    for program in ("unshare", "losetup", "mount"):
+        if shutil.which(program, path=_SBIN) is None:
+            return f"{program} is not installed"
+    for trial in ((*ISOLATED, "true"), ("losetup", "--find")):
+        try:
+            _run(*trial)
+        except RuntimeError as error:
+            return f"not permitted here: {error}"
+    if cloning() is None:
+        return "neither XFS nor btrfs is here, so no image can be cloned at one moment"
+    return _lacks(filesystem)
 
 
 def cloning() -> str | None:
     """A filesystem of this machine that can clone files, for the shelf; None if there is none."""
-    return next((name for name in ("xfs", "btrfs") if missing(name) is None), None)
+    return next((name for name in ("xfs", "btrfs") if _lacks(name) is None), None)
+
+
+def _lacks(filesystem: str) -> str | None:
+    if shutil.which(f"mkfs.{filesystem}", path=_SBIN) is None:
+        return f"mkfs.{filesystem} is not installed"
+    if shutil.which("modprobe", path=_SBIN) is not None:  # a module that nobody has asked for yet
+        with contextlib.suppress(RuntimeError):
+            _run("modprobe", "-q", filesystem)
+    known = {line.split()[-1] for line in Path("/proc/filesystems").read_text().splitlines()}
+    return None if filesystem in known else f"this kernel has no {filesystem}"
 
 
 @contextlib.contextmanager
