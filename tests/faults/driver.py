@@ -1,4 +1,4 @@
-"""A process that pulls one ref with two fetch workers, and kills itself at a named step: for test_crash.py and power.py.
+"""Pulls one ref with two fetch workers, and kills itself at a named step: for test_crash.py and power.py.
 
     python driver.py CACHE REF STEP COUNT [--tally FILE] [--readers TRUTH] [--ask] [--swapped]
 

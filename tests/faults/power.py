@@ -2,8 +2,8 @@
 
     python tests/faults/power.py ext4 --cuts 100 [--seed 1] [--swapped]
 
-Runs itself again in namespaces of its own (`weightfs.testing.disks`). The process of driver.py pulls a file into a cache
-on a fresh image, with two workers, background fill and readers; at random moments, and at named steps of landing, the
+Runs itself again in namespaces of its own (`weightfs.testing.disks`). The process of driver.py pulls a file into a
+cache on a fresh image, with two workers, background fill and readers; at random moments, and at named steps of landing, the
 image is cloned as a power cut would leave it. Then each clone is mounted, and its cache judged (`judge`). One JSON line
 for every cut, and one with the sums.
 """
@@ -84,7 +84,9 @@ class Tally:
 class Bench:
     """A shelf for images, an origin and the chance: cuts are made of images of one filesystem."""
 
-    def __init__(self, place: Path, shelf: Path, origin: Nginx, content: bytes, given: argparse.Namespace) -> None:
+    def __init__(
+        self, place: Path, shelf: Path, origin: Nginx, content: bytes, given: argparse.Namespace
+    ) -> None:
         self.place, self.shelf, self.origin, self.content = place, shelf, origin, content
         self.filesystem: str = given.filesystem
         self.swapped: bool = given.swapped
@@ -165,7 +167,9 @@ class Bench:
                 raise RuntimeError("the driver made no cache")
             time.sleep(0.001)
         start = time.monotonic()
-        for moment in sorted(self.chance.triangular(0, LIFE_SECONDS, 0.7 * LIFE_SECONDS) for _ in range(count)):
+        for moment in sorted(
+            self.chance.triangular(0, LIFE_SECONDS, 0.7 * LIFE_SECONDS) for _ in range(count)
+        ):
             # The one honest use of the clock: a cut comes when it comes. Nothing is expected to have happened by then.
             time.sleep(max(0.0, start + moment - time.monotonic()))
             ended = driver.poll() is not None
@@ -254,8 +258,10 @@ def main(given: argparse.Namespace) -> int:
             (place / "origin" / "m.bin.meta4").write_bytes(write_metalink(described))
             bench = Bench(place, shelf, origin, content, given)
             asked, tried = True, 0
-            while tried < given.cuts:  # a round may make fewer: its process has ended, or passed a step less often
-                count = min(ROUND, -(-given.cuts // 2), given.cuts - tried)
+            while (
+                tried < given.cuts
+            ):  # a round may make fewer: its process has ended, or passed a step less often
+                count = min(ROUND, -(-given.cuts // (1 if given.swapped else 2)), given.cuts - tried)
                 tried += count
                 for cut in bench.round(count, asked=asked):
                     cuts.append(cut)

@@ -1,4 +1,4 @@
-"""Power cuts on ext4, XFS and btrfs: no wrong byte afterwards, nothing recorded that is not there, little fetched twice.
+"""Power cuts on ext4, XFS and btrfs: no wrong byte afterwards, nothing recorded that is not there.
 
 What a cut is, and how it is judged: power.py. Each test runs it in namespaces of its own, so nothing stays mounted.
 """
@@ -18,13 +18,15 @@ from weightfs.core.geometry import MIB
 from weightfs.testing import disks
 
 SOAK = os.environ.get("WEIGHTFS_SOAK") == "1"
-CUTS = 300 if SOAK else 6
+CUTS = 300 if SOAK else 5
 UNSETTLED = 8 * MIB  # as the driver has it
 
 pytestmark = [pytest.mark.nginx, pytest.mark.timeout(0 if SOAK else 120)]
 
 
-def cuts_of(filesystem: str, place: Path, count: int, *more: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def cuts_of(
+    filesystem: str, place: Path, count: int, *more: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Every cut, and the sums. Skips, with the reason, where the filesystem cannot be tried."""
     if (why := disks.missing(filesystem)) is not None:
         pytest.skip(f"{filesystem}: {why}")
@@ -56,8 +58,10 @@ def test_after_a_power_cut_everything_recorded_is_there(tmp_path: Path, filesyst
 
 
 def test_records_before_their_data_are_noticed_and_never_served(tmp_path: Path) -> None:
-    """The other order: the judge sees chunks that are recorded and not there, and the engine finds each at first touch."""
-    filesystem = next((name for name in disks.FILESYSTEMS if disks.missing(name) is None), disks.FILESYSTEMS[0])
+    """The other order: the judge sees chunks that are recorded and not there; the engine finds each at its first touch."""
+    filesystem = next(
+        (name for name in disks.FILESYSTEMS if disks.missing(name) is None), disks.FILESYSTEMS[0]
+    )
     cuts, sums = cuts_of(filesystem, tmp_path, 4, "--swapped")
     assert sums["chunks recorded and not there"] > 0
     assert [cut for cut in cuts if cut["problems"]] == []

@@ -4,7 +4,7 @@ The model: the backing file of a loop device with direct I/O gets a block when t
 before: what only the page cache of the filesystem holds is not in it. The backing file lies on a filesystem that can
 clone files (FICLONE, XFS or btrfs), and a clone is of one moment: it waits for the writes that are being done, and
 keeps out later ones. So a clone is what is on the medium when the power fails at that moment, and mounting the clone
-replays the journal as the boot after it would. A copy made block by block would be of many moments, which no cut leaves.
+replays the journal as the boot after it would. A copy made block by block is of many moments: no cut leaves that.
 
 Not modelled: a drive that tells of a write as done, loses it with the power, and is still within its rights since no
 flush came after it; and a drive that lies about flushes.
