@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -38,6 +40,27 @@ UNSETTLED = 8 * MIB  # as the driver has it: 64 MiB, scaled to a small blob
 DROPPED = 3 * MIB  # by the driver, when it has everything
 LAZY = EngineSettings(workers=0, fill=FillMode.NEVER)
 SECONDS = 60.0
+SOAK = os.environ.get("WEIGHTFS_SOAK") == "1"
+# With the 20 at named steps, shares and again and again: 1,000 in `make soak`, 50 in every run.
+KILLS = int(os.environ.get("WEIGHTFS_KILLS", "980" if SOAK else "30"))
+# Each of the driver's steps, and the passing of it at which the first test kills.
+AT = {
+    "file made": 1,
+    "written, not told": 9,
+    "told, not queued": 7,
+    "queued": 7,
+    "before the sync": 2,
+    "synced": 2,
+    "in the index": 4,
+    "committed": 3,
+    "believed durable": 3,
+    "judged": 1,
+    "verdict queued": 1,
+    "to be dropped": 1,
+    "dropped": 1,
+    "closing": 1,
+}
+STEPS = list(AT)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +92,8 @@ class Driver:
 
 
 @contextlib.contextmanager
-def driving(cache: Path, url: str, step: str = "never", count: int = 1) -> Iterator[Driver]:
-    argv = [sys.executable, str(DRIVER), str(cache), url, step, str(count)]
+def driving(cache: Path, url: str, step: str = "never", count: int = 1, *more: str) -> Iterator[Driver]:
+    argv = [sys.executable, str(DRIVER), str(cache), url, step, str(count), *more]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL) as process:
         workers: list[int] = []
         try:
@@ -112,25 +135,7 @@ async def come_back(cache: Path, origin: Nginx, content: bytes, *, extra: int = 
     assert origin.bytes_sent("m.bin") <= SIZE + UNSETTLED + extra
 
 
-@pytest.mark.parametrize(
-    ("step", "count"),
-    [
-        ("file made", 1),
-        ("written, not told", 9),
-        ("told, not queued", 7),
-        ("queued", 7),
-        ("before the sync", 2),
-        ("synced", 2),
-        ("in the index", 4),
-        ("committed", 3),
-        ("believed durable", 3),
-        ("judged", 1),
-        ("verdict queued", 1),
-        ("to be dropped", 1),
-        ("dropped", 1),
-        ("closing", 1),
-    ],
-)
+@pytest.mark.parametrize(("step", "count"), AT.items())
 async def test_killed_between_two_steps(
     tmp_path: Path, origin: Nginx, content: bytes, step: str, count: int
 ) -> None:
@@ -235,14 +240,53 @@ async def test_a_worker_killed_amid_a_pull_costs_nothing_but_its_jobs(tmp_path: 
                 assert await engine.read(blob, ByteSpan(0, SIZE)) == content
 
 
-@pytest.mark.skipif(os.environ.get("WEIGHTFS_SOAK") != "1", reason="long: WEIGHTFS_SOAK=1")
-async def test_killed_at_many_times(tmp_path: Path, origin: Nginx, content: bytes) -> None:
-    for number in range(40):
-        origin.forget_requests()
-        with driving(tmp_path / "cache", origin.url("m.bin")) as driver:
-            blobs = tmp_path / "cache" / "blobs"
-            share = number / 40
-            until(lambda: sum(p.stat().st_blocks * 512 for p in blobs.glob("*")) >= share * SIZE)  # noqa: B023
-            driver.process.kill()
-        await come_back(tmp_path / "cache", origin, content)
-        shutil.rmtree(tmp_path / "cache")
+@pytest.mark.timeout(0 if SOAK else 180)
+async def test_killed_under_readers_and_fill(tmp_path: Path, served: Nginx, content: bytes) -> None:
+    """Each kill at another step or moment, on the cache that the lives before it left; a reader compares every byte."""
+    truth, tally, cache = served.root / "m.bin", tmp_path / "tally", tmp_path / "cache"
+    chance = random.Random(4)
+    refetched: list[int] = []
+    lives = 0
+    served.forget_requests()
+    while len(refetched) < KILLS:
+        tally.write_bytes(bytes(8))
+        step = chance.choice(STEPS) if chance.random() < 0.5 else "never"
+        share = chance.random() * SIZE
+        options = ["--tally", str(tally), "--readers", str(truth)]
+        with driving(cache, served.url("m.bin"), step, chance.randint(1, 4), *options) as driver:
+            process = driver.process
+            if step == "never":
+                until(lambda: process.poll() is not None or landed(tally) >= share)  # noqa: B023
+                process.kill()
+            assert await trio.to_thread.run_sync(process.wait, SECONDS) in (0, -signal.SIGKILL)
+        lives += 1
+        whole, kept = await trio.to_thread.run_sync(what_is_left, cache)
+        if process.returncode:
+            refetched.append(max(0, landed(tally) - kept))
+            assert refetched[-1] <= UNSETTLED, (step, refetched)
+        if whole or lives == 6:
+            await come_back(cache, served, content, extra=lives * (UNSETTLED + DROPPED))
+            shutil.rmtree(cache)
+            served.forget_requests()
+            lives = 0
+    figures = {"kills": KILLS, "refetched bytes, median": statistics.median(refetched), "max": max(refetched)}
+    print(json.dumps(figures))
+
+
+def landed(tally: Path) -> int:
+    """The bytes that the driver had when it last told."""
+    return int.from_bytes(tally.read_bytes(), "little")
+
+
+def what_is_left(root: Path) -> tuple[bool, int]:
+    """Whether all is recorded, and the bytes that are. Every recorded chunk is in the file."""
+    cache = Cache.open(root, now=0)
+    try:
+        assert cache.check(deep=True) == []
+        kept = 0
+        for stored in cache.refs():
+            blob = stored.manifest.entries[0].blob
+            kept += sum(len(blob.shape.span_of(chunk)) for chunk in cache.progress(blob.id).present)
+        return kept == SIZE, kept
+    finally:
+        cache.close()
