@@ -3,9 +3,9 @@
     python tests/faults/power.py ext4 --cuts 100 [--seed 1] [--swapped]
 
 Runs itself again in namespaces of its own (`weightfs.testing.disks`). The process of driver.py pulls a file into a
-cache on a fresh image, with two workers, background fill and readers; at random moments, and at named steps of landing, the
-image is cloned as a power cut would leave it. Then each clone is mounted, and its cache judged (`judge`). One JSON line
-for every cut, and one with the sums.
+cache on a fresh image, with two workers, background fill and readers; at random moments, and at named steps of
+landing, the image is cloned as a power cut would leave it. Then each clone is mounted, and its cache judged (`judge`).
+One JSON line for every cut, and one with the sums.
 """
 
 from __future__ import annotations

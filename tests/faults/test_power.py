@@ -58,7 +58,7 @@ def test_after_a_power_cut_everything_recorded_is_there(tmp_path: Path, filesyst
 
 
 def test_records_before_their_data_are_noticed_and_never_served(tmp_path: Path) -> None:
-    """The other order: the judge sees chunks that are recorded and not there; the engine finds each at its first touch."""
+    """The other order: the judge sees chunks that are not there; the engine finds each at its first touch."""
     filesystem = next(
         (name for name in disks.FILESYSTEMS if disks.missing(name) is None), disks.FILESYSTEMS[0]
     )
