@@ -184,6 +184,24 @@ async def test_the_status_is_told_when_it_changes(
         nursery.cancel_scope.cancel()
 
 
+async def test_an_engine_that_takes_long_to_ask_is_asked_seldom(
+    manager: socket.socket, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Regression: 100,000 files take two seconds of the loop, and every five seconds all readers stood still."""
+    engine = Engine()
+    spent = iter(range(0, 2000, 2))  # two seconds pass from each look at the clock to the next
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(standing.tell_status, engine, lambda: float(next(spent)))
+        await trio.sleep(1)
+        assert messages(manager) == ["STATUS=no models"]
+        engine.now = status((file("a", present=5 * MIB),))
+        await trio.sleep(2 * standing.PAUSE_PER_SECOND - 2)
+        assert messages(manager) == []
+        await trio.sleep(2)
+        assert messages(manager) == ["STATUS=1 model, 50% of 10.0 MiB here"]
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_real_engine_answers(tmp_path: Path) -> None:
     async with running_engine(tmp_path) as engine:
         with trio.fail_after(30):

@@ -8,7 +8,8 @@ said in the status, and never keeps a ping back: a restart costs every reader wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
 import trio
@@ -19,8 +20,10 @@ from weightfs.errors import CacheError
 from weightfs.logs import one_line, redact
 from weightfs.units import format_size
 
-# The whole engine is asked, in the loop: a few milliseconds with a thousand files.
+# The whole engine is asked, in the loop: a few milliseconds with a thousand files, seconds with 100,000. So it is asked
+# the less often the longer it takes.
 STATUS_SECONDS: Final = 5.0
+PAUSE_PER_SECOND: Final = 100.0  # of asking: one percent of the loop's time at most
 MAX_TEXT: Final = 400  # characters: systemctl shows it on one line
 
 log = logging.getLogger(__name__)
@@ -72,18 +75,22 @@ async def _answers(engine: ServingEngine, seconds: float) -> bool:
     return False
 
 
-async def tell_status(engine: ServingEngine) -> None:
-    """Send the status whenever it changes, every `STATUS_SECONDS` at most, until cancelled."""
+async def tell_status(engine: ServingEngine, clock: Callable[[], float] = time.perf_counter) -> None:
+    """Send the status whenever it changes, every `STATUS_SECONDS` at most, until cancelled.
+
+    `clock`: seconds, monotonic, that go on while the loop stands still.
+    """
     told = ""
     before, since = 0, trio.current_time()
     while True:
+        began = clock()
         status, now = engine.status(), trio.current_time()
         rate = (status.fetched_bytes - before) / (now - since) if now > since else 0.0
         before, since = status.fetched_bytes, now
         text = status_text(status, rate)
         if text != told and notify.notify(f"STATUS={text}"):
             told = text
-        await trio.sleep(STATUS_SECONDS)
+        await trio.sleep(max(STATUS_SECONDS, PAUSE_PER_SECOND * (clock() - began)))
 
 
 def status_text(status: EngineStatus, rate: float) -> str:
