@@ -285,6 +285,18 @@ async def test_headers_that_do_not_come_are_not_waited_for_for_ever(
         assert caught.value.kind is FailureKind.TIMEOUT
 
 
+async def test_a_time_that_is_no_number_is_the_askers_fault(tmp_path: Path) -> None:
+    """Regression: of a job that runs, `wait=nan` was a fault of the daemon (500)."""
+    async with connected(tmp_path) as (one, client), raw_client(one.cache) as http:
+        await client.add(REF)
+        job = (await client.start_fill(REF))["job"]
+        for path in (f"/v1/jobs/{job}", "/v1/headers"):
+            answer = await http.get(path, params={"wait": "nan", "ref": REF})
+            assert answer.status_code == 400
+            assert "'wait'" in answer.json()["error"]
+        one.engine.gate.set()
+
+
 async def test_a_fill_is_a_job(tmp_path: Path) -> None:
     async with connected(tmp_path) as (one, client):
         await client.add(REF)

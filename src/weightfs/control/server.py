@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
@@ -273,6 +274,9 @@ def _query_flag(request: Request, key: str) -> bool:
 
 def _seconds(request: Request) -> float:
     try:
-        return float(request.query_params.get("wait", "0"))
+        seconds = float(request.query_params.get("wait", "0"))
     except ValueError:
-        raise UsageError("the parameter 'wait' must be a number of seconds") from None
+        seconds = math.nan
+    if math.isnan(seconds):  # it can also be asked for by that name
+        raise UsageError("the parameter 'wait' must be a number of seconds")
+    return seconds
