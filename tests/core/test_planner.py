@@ -190,6 +190,41 @@ def test_fill_can_be_switched_off_and_goes_on_for_what_is_dropped() -> None:
     assert made.blobs[A].present.full
 
 
+def test_a_pause_holds_fill_back_and_no_reader() -> None:
+    made = driver(first_job_bytes=MIB)
+    made.pause(A)
+    made.fill(A)
+    assert not made.jobs
+    waiter = made.need(A, 3, 4)
+    made.want(A, 9, 10)
+    assert fetches(made) == [(3, 4, Priority.DEMAND), (9, 10, Priority.READAHEAD)]
+    run_all(made)
+    assert made.woken == {waiter: None}
+    made.pause(A, on=False)
+    assert made.planner.paused(A) is False
+    run_all(made)
+    assert made.planner.present(A).full
+
+
+def test_a_pause_stops_a_stream_that_nobody_waits_for() -> None:
+    for somebody_waits in (False, True):
+        made = driver()
+        made.fill(A)
+        for job in list(made.jobs):
+            made.fail(job, FailureKind.NO_RANGES)
+        (stream,) = [job for job, model in made.jobs.items() if model.fetch.whole]
+        if somebody_waits:
+            made.need(A, 60, 61)
+        made.pause(A)
+        assert made.jobs[stream].stopped is not somebody_waits
+        if not somebody_waits:
+            made.fail(stream, FailureKind.CANCELLED)
+            assert not made.jobs
+            made.need(A, 60, 61)
+            made.sleep_until_alarm()
+            assert made.jobs
+
+
 def test_blobs_are_filled_one_after_another_and_the_one_that_is_read_first() -> None:
     made = driver(count=2, max_jobs=1, background_jobs=1, first_job_bytes=1)
     made.need(A, 0, 1)

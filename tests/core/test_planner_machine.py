@@ -115,6 +115,11 @@ class PlannerMachine(RuleBasedStateMachine):
     def fill(self, data: Any, on: bool) -> None:
         self.driver.fill(self.a_blob(data).id, on=on)
 
+    @precondition(lambda self: self.driver.blobs)
+    @rule(data=st.data(), on=st.booleans())
+    def pause(self, data: Any, on: bool) -> None:
+        self.driver.pause(self.a_blob(data).id, on=on)
+
     # ---- what jobs say
 
     @precondition(lambda self: self.jobs(todo=True))

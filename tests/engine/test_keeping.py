@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from weightfs.core.geometry import MIB
+from weightfs.core.geometry import MIB, ByteSpan
 from weightfs.core.manifest import Trust
 from weightfs.core.ref import parse_ref
 from weightfs.engine import keeping
@@ -205,3 +205,96 @@ async def test_many_small_files_are_fetched_side_by_side(
 
 
 assert len(BIG) == 40 * MIB
+
+
+async def test_a_pause_holds_back_what_nobody_waits_for(repository: MemoryRepository, tmp_path: Path) -> None:
+    repository.push(REF, {"one": A})
+    async with running_engine(tmp_path / "cache", LAZY) as engine:
+        manifest = await engine.add(REF, headers=False)
+        await engine.pause(str(REF), paused=True)
+        await engine.pin(str(REF), pinned=True)
+        await engine.quiet()
+        assert present(engine) == 0
+        blob = manifest.entries[0].blob
+        assert await engine.read(blob.id, ByteSpan(0, 10)) == A[:10]
+    async with running_engine(tmp_path / "cache", replace(LAZY, fill=FillMode.ALL)) as engine:
+        assert [ref.paused for ref in engine.status().refs] == [True]
+        await engine.pause(str(REF), paused=False)
+        await until_complete(engine, "one")
+
+
+async def test_a_pull_goes_on_through_a_pause(repository: MemoryRepository, tmp_path: Path) -> None:
+    repository.push(REF, {"one": A})
+    repository.push(OTHER, {"two": B})
+    async with running_engine(tmp_path / "cache", replace(LAZY, fill=FillMode.ALL)) as engine:
+        await engine.pause_all(paused=True)
+        for ref in (REF, OTHER):
+            await engine.add(ref, headers=False)
+        with trio.fail_after(SECONDS):
+            await engine.complete(str(REF))
+        await engine.quiet()
+        assert present(engine) == len(A)
+        assert engine.status().paused
+    async with running_engine(tmp_path / "cache", replace(LAZY, fill=FillMode.ALL)) as engine:
+        await engine.quiet()
+        assert present(engine) == len(A)  # still paused
+        await engine.pause_all(paused=False)
+        await until_complete(engine, "two")
+
+
+async def test_what_two_refs_name_is_paused_when_both_are(repository: MemoryRepository, tmp_path: Path) -> None:
+    repository.push(REF, {"one": A})
+    repository.push(OTHER, {"same": A})
+    async with running_engine(tmp_path / "cache", LAZY) as engine:
+        for ref in (REF, OTHER):
+            await engine.add(ref, headers=False)
+            await engine.pause(str(ref), paused=True)
+        for ref in (REF, OTHER):
+            await engine.pin(str(ref), pinned=True)
+        await engine.quiet()
+        assert present(engine) == 0
+        await engine.remove(str(OTHER))
+        await engine.add(OTHER, headers=False)  # anew: it is not paused
+        await until_complete(engine, "one")
+
+
+async def test_a_ref_has_a_mode_of_its_own(repository: MemoryRepository, tmp_path: Path) -> None:
+    repository.push(REF, {"one": A})
+    repository.push(OTHER, {"two": B})
+    async with running_engine(tmp_path / "cache", IDLE) as engine:
+        for ref in (REF, OTHER):
+            await engine.add(ref, headers=False)
+        await engine.set_fill(str(REF), FillMode.ALL)
+        await engine.quiet()
+        assert present(engine) == 0  # a command on an idle cache only notes it
+    async with running_engine(tmp_path / "cache", LAZY) as engine:
+        await until_complete(engine, "one")
+        await engine.quiet()
+        assert present(engine) == len(A)
+        assert [ref.fill for ref in engine.status().refs] == ["", "all"]
+        with pytest.raises(KeyError):
+            await engine.set_fill("ollama://other:latest", FillMode.ALL)
+    async with running_engine(tmp_path / "cache", replace(LAZY, fill=FillMode.ALL)) as engine:
+        await until_complete(engine, "two")
+        repository.push(OTHER, {"two": C})
+        await engine.set_fill(str(OTHER), FillMode.NEVER)
+        await engine.update(str(OTHER))
+        await engine.quiet()
+        assert present(engine) == len(A)
+        await engine.set_fill(str(OTHER), None)
+        await until_complete(engine, "two")
+
+
+async def test_an_open_file_is_filled_by_the_mode_of_its_ref(
+    repository: MemoryRepository, tmp_path: Path
+) -> None:
+    repository.push(REF, {"one": BIG})
+    async with running_engine(tmp_path / "cache", LAZY) as engine:
+        manifest = await engine.add(REF, headers=False)
+        blob = manifest.entries[0].blob.id
+        engine.opened(blob)
+        await engine.quiet()
+        assert not files(engine)[0].filling
+        await engine.set_fill(str(REF), FillMode.OPENED)
+        await until_complete(engine, "one")
+        engine.released(blob)

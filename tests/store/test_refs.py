@@ -203,13 +203,13 @@ def test_a_damaged_manifest_is_found(root: Path) -> None:
 
 
 def test_a_ref_stays_pinned_until_it_is_not(cache: Cache, root: Path) -> None:
-    assert cache.pin_ref(REF, pinned=True) is False
+    assert cache.mark_ref(REF, pinned=True) is False
     cache.put_ref(manifest_of(git_blob(b"x")), now=1)
     assert cache.refs()[0].pinned is False
-    assert cache.pin_ref(REF, pinned=True) is True
+    assert cache.mark_ref(REF, pinned=True) is True
     cache.put_ref(manifest_of(git_blob(b"y"), revision="r2"), now=1)
     assert (cache.refs()[0].pinned, cache.refs()[0].previous) == (True, ("r1",))
-    cache.pin_ref(REF, pinned=False)
+    cache.mark_ref(REF, pinned=False)
     assert cache.refs()[0].pinned is False
 
 

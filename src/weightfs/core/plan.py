@@ -104,6 +104,17 @@ class Fill:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """Hold the background fill of a blob back, or let it go on; `Fill` keeps its meaning. Readers do not notice.
+
+    Requests with a range are short, and end by themselves; a stream of the whole that nobody waits for is stopped.
+    """
+
+    blob: BlobId
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Landed:
     """The chunk is verified, written and visible."""
 
@@ -209,7 +220,7 @@ class Tick:
 
 
 JobEvent = Landed | Mismatched | Trimmed | Done | Failed
-BlobEvent = Remirrored | Need | Want | Fill | Durable | Undone | Dropped | Punched
+BlobEvent = Remirrored | Need | Want | Fill | Pause | Durable | Undone | Dropped | Punched
 Event = JobEvent | BlobEvent | Added | Removed | Withdrawn | Tick | Capacity | NoRoom
 
 # ---- commands

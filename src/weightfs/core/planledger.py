@@ -48,6 +48,7 @@ class BlobPlan:
     wants: list[ChunkSpan] = field(default_factory=list)
     fill: bool = False
     fill_rank: int = 0  # place in the line of blobs to fill
+    paused: bool = False  # nothing is fetched for the fill
     cursor: int = 0  # behind the last reader: fill takes the first hole from here on, then from the start
     draining: bool = False  # a reader needs a whole stream, which waits until nothing else is in flight
     punching: set[int] = field(default_factory=set)  # dropped, and not yet out of index and file

@@ -66,6 +66,10 @@ class Planner:
         """Whether the blob was added."""
         return blob in self._ledger.blobs
 
+    def paused(self, blob: BlobId) -> bool:
+        """Whether the blob's fill is held back. KeyError."""
+        return self._ledger.blobs[blob].paused
+
     def waiting(self, blob: BlobId | None = None) -> int:
         """How many readers wait, for one blob or in all."""
         if blob is None:
@@ -226,6 +230,8 @@ class Planner:
                 blob.wants = [*blob.wants[-(MAX_WANTS - 1) :], span]
             case plan.Fill(_, on):
                 self._scheduler.set_fill(blob, on)
+            case plan.Pause(_, on):
+                self._scheduler.set_paused(blob, on)
             case plan.Durable() | plan.Undone():
                 self._settled(blob, event, now)
             case plan.Dropped(_, chunks):

@@ -48,6 +48,18 @@ class Scheduler:
         if on and not blob.fill:
             blob.fill_rank = self._next_rank()
         blob.fill = on
+        self._ask_again(blob)
+
+    def set_paused(self, blob: BlobPlan, on: bool) -> None:
+        """Hold its fill back, or let it go on."""
+        blob.paused = on
+        self._ask_again(blob)
+        if on:
+            streams = (job for job in self._ledger.jobs.values() if job.blob is blob and job.whole)
+            idle = [job for job in streams if job.issued is Priority.FILL and not blob.waiting]
+            self._ledger.out.extend(plan.Stop(job.id) for job in idle)
+
+    def _ask_again(self, blob: BlobPlan) -> None:
         if self._ledger.room.short.get(blob, Priority.DEMAND) is not Priority.DEMAND:
             del self._ledger.room.short[blob]  # asked again, `NeedRoom` is said again
 
@@ -179,7 +191,7 @@ class Scheduler:
         return _Outcome.BLOCKED
 
     def _start_fill(self, blob: BlobPlan, now: float) -> _Outcome:
-        if not blob.fill or self._gives_way(blob, now):
+        if not blob.fill or blob.paused or self._gives_way(blob, now):
             return _Outcome.BLOCKED
         start = blob.taken.first_hole(blob.cursor)
         if start is None:

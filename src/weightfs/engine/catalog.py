@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any, Final
 
 import trio
 
@@ -20,11 +22,13 @@ from weightfs.core.names import identity
 from weightfs.core.readahead import ReadAhead
 from weightfs.core.uses import Uses
 from weightfs.engine.blobs import BlobState
-from weightfs.engine.settings import EngineSettings
+from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import CacheError
 from weightfs.store.cache import Cache, Progress, RunState, StoredRef
 
 log = logging.getLogger(__name__)
+
+_ORDER: Final = (FillMode.NEVER, FillMode.OPENED, FillMode.ALL)
 
 _Recalled = tuple[Blob, Progress, tuple[int, int]]
 
@@ -38,6 +42,9 @@ class Catalog:
         self._refs: dict[str, StoredRef] = {}  # by identity
         self._states: dict[BlobId, BlobState] = {}
         self._kept: frozenset[BlobId] = frozenset()  # blobs of pinned refs
+        self._going: frozenset[BlobId] = frozenset()  # blobs of refs that are not paused
+        self._modes: dict[BlobId, FillMode] = {}  # of blobs whose mode somebody set
+        self.all_paused = False
 
     def states(self) -> list[BlobState]:
         """All blobs."""
@@ -67,6 +74,14 @@ class Catalog:
         """Whether a ref that is to be kept whole names the blob."""
         return id in self._kept
 
+    def is_paused(self, id: BlobId) -> bool:  # noqa: A002
+        """Whether every ref that names the blob is paused."""
+        return self.all_paused or id not in self._going
+
+    def mode(self, id: BlobId) -> FillMode:  # noqa: A002
+        """How much of the blob is completed in the background: by the ref that asks for most of those that name it."""
+        return self._modes.get(id, self._settings.fill)
+
     def files(self, ref: str) -> list[tuple[str, BlobState]]:
         """(path below `models/`, state) of everything that a ref names. KeyError if it is unknown."""
         manifest = self._refs[identity(ref)].manifest
@@ -85,7 +100,8 @@ class Catalog:
             self._refs[identity(stored.manifest.ref)] = stored
             for entry in stored.manifest.entries:
                 self._note(entry.blob, stored, self._recall(entry.blob))
-        self._count_kept()
+        self.all_paused = self._cache.paused()
+        self._count()
 
     async def put(self, manifest: Manifest) -> list[BlobState]:
         """Pin a manifest; the states of its blobs, new ones and known ones."""
@@ -94,7 +110,7 @@ class Catalog:
             manifest = replace(manifest, ref=known.manifest.ref, tree=known.manifest.tree)
         stored, recalled = await trio.to_thread.run_sync(self._put, manifest, frozenset(self._states))
         self._refs[identity(manifest.ref)] = stored
-        self._count_kept()
+        self._count()
         return [self._note(entry.blob, stored, recalled[entry.blob.id]) for entry in manifest.entries]
 
     def _put(self, manifest: Manifest, known: frozenset[BlobId]) -> tuple[StoredRef, dict[BlobId, _Recalled]]:
@@ -162,23 +178,47 @@ class Catalog:
         name = self._refs[identity(ref)].manifest.ref
         orphans = await trio.to_thread.run_sync(self._cache.remove_ref, name)
         del self._refs[identity(ref)]
-        self._count_kept()
+        self._count()
         return [state for blob in orphans if (state := self._states.pop(blob, None))]
 
-    async def pin(self, ref: str, *, pinned: bool) -> None:
-        """Keep a ref whole, or no longer. KeyError if it is not pinned."""
-        stored = self._refs[identity(ref)]
-        await trio.to_thread.run_sync(partial(self._cache.pin_ref, stored.manifest.ref, pinned=pinned))
-        self._refs[identity(ref)] = replace(stored, pinned=pinned)
-        self._count_kept()
-
-    def _count_kept(self) -> None:
-        self._kept = frozenset(
-            entry.blob.id
-            for stored in self._refs.values()
-            if stored.pinned
-            for entry in stored.manifest.entries
+    async def mark(
+        self, ref: str, *, pinned: bool | None = None, paused: bool | None = None, fill: str | None = None
+    ) -> None:
+        """Note what is wanted of a ref; None leaves a mark as it is. KeyError if it is not pinned."""
+        name = self._refs[identity(ref)].manifest.ref
+        await trio.to_thread.run_sync(
+            partial(self._cache.mark_ref, name, pinned=pinned, paused=paused, fill=fill)
         )
+        given = {"pinned": pinned, "paused": paused, "fill": fill}
+        marks: dict[str, Any] = {mark: value for mark, value in given.items() if value is not None}
+        self._refs[identity(ref)] = replace(self._refs[identity(ref)], **marks)
+        self._count()
+
+    async def pause_all(self, *, paused: bool) -> None:
+        """Pause everything, also what comes later; or take that back."""
+        await trio.to_thread.run_sync(partial(self._cache.pause, paused=paused))
+        self.all_paused = paused
+
+    def _count(self) -> None:
+        """What follows for each blob from the marks of the refs that name it."""
+        refs = self._refs.values()
+        self._kept = frozenset(_blobs(stored for stored in refs if stored.pinned))
+        self._going = frozenset(_blobs(stored for stored in refs if not stored.paused))
+        self._modes = {}
+        if any(stored.fill for stored in refs):
+            by_mode = sorted(refs, key=lambda stored: _ORDER.index(self._mode_of(stored)))
+            for stored in by_mode:  # the most generous is the last word
+                self._modes.update(dict.fromkeys(_blobs([stored]), self._mode_of(stored)))
+
+    def _mode_of(self, stored: StoredRef) -> FillMode:
+        try:
+            return FillMode(stored.fill or self._settings.fill)
+        except ValueError:  # a mode of a later version
+            return self._settings.fill
+
+
+def _blobs(refs: Iterable[StoredRef]) -> Iterator[BlobId]:
+    return (entry.blob.id for stored in refs for entry in stored.manifest.entries)
 
 
 def _founded(blob: Blob, progress: Progress) -> tuple[RunState | None, Trust]:

@@ -56,6 +56,7 @@ from weightfs.store.cache import Cache, StoredRef
 
 log = logging.getLogger(__name__)
 
+AT_A_TIME = 256  # blobs of 100,000 that are paused before readers have a turn: a few milliseconds
 HEADERS_SECONDS = 60.0  # how long `headers_ready` waits
 
 
@@ -88,12 +89,20 @@ class Engine:
         self._sealer = Sealer(
             self._hasher, self._committer, self._holdings, lambda: self._planner.waiting() > 0
         )
-        self._keeper = Keeper(self._catalog, self._fetcher, self._holdings, settings, nursery)
+        self._keeper = Keeper(
+            self._catalog, self._planner, self._fetcher, self._holdings, settings, nursery
+        )
         self._reader = Reader(cache, self._planner, self._fetcher, self._holdings, settings, nursery)
         self._headers = Headers(self._catalog, self._reader, nursery)
         self._details = Details(self._headers)
         self._upkeep = Upkeep(
-            self._catalog, self._planner, self._fetcher, self._holdings, self._hasher, self._sealer
+            self._catalog,
+            self._planner,
+            self._fetcher,
+            self._holdings,
+            self._hasher,
+            self._sealer,
+            self._keeper,
         )
 
     # ---- life
@@ -226,11 +235,38 @@ class Engine:
     async def pin(self, ref_text: str, *, pinned: bool) -> None:
         """Keep all of a ref, from now on and after every start; or no longer. KeyError if it is unknown."""
         async with self._pinning:
-            await self._catalog.pin(ref_text, pinned=pinned)
-            for _, state in self._catalog.files(ref_text):
-                self._keeper.begin(state)
-                self._keeper.rest(state)
+            await self._catalog.mark(ref_text, pinned=pinned)
+            self._weigh(ref_text)
         self._room.poke()
+
+    async def set_fill(self, ref_text: str, mode: FillMode | None) -> None:
+        """How much of a ref is completed in the background, from now on and after every start; None: as configured.
+
+        KeyError if it is unknown.
+        """
+        async with self._pinning:
+            await self._catalog.mark(ref_text, fill="" if mode is None else mode.value)
+            self._weigh(ref_text)
+
+    async def pause(self, ref_text: str, *, paused: bool) -> None:
+        """Fetch nothing of a ref in the background, from now on and after every start; or again. KeyError."""
+        async with self._pinning:
+            await self._catalog.mark(ref_text, paused=paused)
+            self._weigh(ref_text)
+
+    async def pause_all(self, *, paused: bool) -> None:
+        """Fetch nothing at all in the background; or again what is not paused by itself."""
+        async with self._pinning:
+            await self._catalog.pause_all(paused=paused)
+            for number, state in enumerate(self._catalog.states()):
+                self._keeper.weigh(state)
+                if number % AT_A_TIME == AT_A_TIME - 1:
+                    await trio.lowlevel.checkpoint()  # readers come between
+
+    def _weigh(self, ref_text: str) -> None:
+        for _, state in self._catalog.files(ref_text):
+            self._keeper.begin(state)
+            self._keeper.rest(state)
 
     async def headers_ready(self, ref_text: str, *, within: float = HEADERS_SECONDS) -> bool:
         """Wait until what `add` fetches in the background is there, or was given up. False: it took too long."""
@@ -264,6 +300,7 @@ class Engine:
                 for state in orphans:
                     freed += await self._delete(state)
                 for state in states:
+                    self._keeper.weigh(state)
                     self._keeper.rest(state)
         return freed
 
@@ -365,7 +402,7 @@ class Engine:
         for chunk in {0, state.shape.chunk_count - 1}:
             if chunk not in state.present:
                 self._fetcher.feed(plan.Want(state.id, ChunkSpan(chunk, chunk + 1)))
-        if self.settings.fill is FillMode.OPENED:
+        if self._keeper.mode(state) is FillMode.OPENED:
             try:
                 await self._holdings.fill(state)
             except CacheError as error:
@@ -392,6 +429,7 @@ class Engine:
             mismatched_chunks=self._fetcher.mismatches,
             disk_faults=self._holdings.disk_faults,
             trouble=trouble,
+            paused=self._catalog.all_paused,
             refs=describe_refs(self._catalog, self._planner, now),
             jobs=describe_jobs(self._planner, now),
         )

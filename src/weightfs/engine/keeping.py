@@ -1,7 +1,8 @@
-"""Which blobs are completed although nobody reads them: all of them by the mode `all`, and those of pinned refs.
+"""Which blobs are completed although nobody reads them: those of the mode `all`, and those of pinned refs; and which wait.
 
-Rule: what a pin has put in line stays there for as long as anybody else wants it: taking the pin back never stops what
-an open file, a `pull` or the policy `hold` waits for.
+Rules: what a pin or a mode has put in line stays there for as long as anybody else wants it: taking it back never stops
+what an open file, a `pull` or the policy `hold` waits for. What is paused keeps its place in line and gets nothing;
+readers do not notice, and a `pull` goes on: somebody waits for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import trio
 
 from weightfs.core import plan
 from weightfs.core.manifest import Policy
+from weightfs.core.planner import Planner
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.catalog import Catalog
 from weightfs.engine.fetcher import Fetcher
@@ -30,12 +32,14 @@ class Keeper:
     def __init__(
         self,
         catalog: Catalog,
+        planner: Planner,
         fetcher: Fetcher,
         holdings: Holdings,
         settings: EngineSettings,
         nursery: trio.Nursery,
     ) -> None:
         self._catalog = catalog
+        self._planner = planner
         self._fetcher = fetcher
         self._holdings = holdings
         self._settings = settings
@@ -43,6 +47,7 @@ class Keeper:
 
     def begin(self, state: BlobState) -> None:
         """Complete the blob in the background if it is to be kept."""
+        self.weigh(state)
         if not self._wanted(state):
             return
         state.filling = True  # also of a whole one: a chunk that the disk loses is fetched again
@@ -50,15 +55,30 @@ class Keeper:
             self._nursery.start_soon(self._keep, state)
 
     def rest(self, state: BlobState) -> None:
-        """The blob may have lost its pin: fetch no more of it than somebody asks for."""
-        asked_for = state.handles or state.completing or state.policy is Policy.HOLD
+        """The blob may have lost its pin or its mode: fetch no more of it than somebody asks for."""
+        opened = state.handles and self.mode(state) is not FillMode.NEVER
+        asked_for = opened or state.completing or state.policy is Policy.HOLD
         if state.filling and not asked_for and not self._wanted(state) and self._holdings.pinned(state):
             state.filling = False
             self._fetcher.feed(plan.Fill(state.id, on=False))
 
+    def weigh(self, state: BlobState) -> None:
+        """Its refs may have been paused or resumed, or a `pull` of it began or ended."""
+        if not self._planner.knows(state.id):
+            return
+        on = self._catalog.is_paused(state.id) and not state.completing
+        if self._planner.paused(state.id) != on:
+            self._fetcher.feed(plan.Pause(state.id, on=on))
+
+    def mode(self, state: BlobState) -> FillMode:
+        """How much of the blob is completed. Commands on an idle cache do only what they are for."""
+        return self._catalog.mode(state.id) if self._settings.keep_pinned else self._settings.fill
+
     def _wanted(self, state: BlobState) -> bool:
-        kept = self._settings.keep_pinned and self._catalog.is_kept(state.id)
-        return kept or self._settings.fill is FillMode.ALL
+        if self._settings.keep_pinned and self._catalog.is_kept(state.id):
+            return True
+        mode = self.mode(state)
+        return mode is FillMode.ALL or (mode is FillMode.OPENED and state.handles > 0)
 
     async def _keep(self, state: BlobState) -> None:
         while self._wanted(state) and self._holdings.pinned(state):

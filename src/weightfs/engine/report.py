@@ -17,6 +17,8 @@ def describe_refs(catalog: Catalog, planner: Planner, now: float) -> tuple[RefSt
             revision=stored.manifest.revision,
             added_at=stored.added_at,
             pinned=stored.pinned,
+            paused=stored.paused,
+            fill=stored.fill,
             files=tuple(
                 _describe(f"models/{path}", state, planner, now)
                 for path, state in catalog.files(stored.manifest.ref)

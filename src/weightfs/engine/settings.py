@@ -35,7 +35,8 @@ class EngineSettings:
     mirrors: tuple[PrefixRule, ...] = ()  # more places for blobs with digests
     workers: int = field(default_factory=default_workers)  # 0: fetch in this process
     fill: FillMode = FillMode.OPENED
-    keep_pinned: bool = True  # complete pinned refs in the background, whatever `fill` says
+    # Complete pinned refs in the background, whatever `fill` says, and heed the mode that a ref has of its own.
+    keep_pinned: bool = True
     headers_first: bool = (
         False  # fetch small files and headers when a ref is pinned; off: nothing but what is read
     )

@@ -70,6 +70,8 @@ class RefStatus:
     revision: str
     added_at: int
     pinned: bool  # to be kept whole
+    paused: bool  # nothing of it is fetched in the background
+    fill: str  # the mode that was set for this ref, or ""
     files: tuple[FileStatus, ...]
 
 
@@ -105,6 +107,7 @@ class EngineStatus:
     mismatched_chunks: int
     disk_faults: int
     trouble: str
+    paused: bool  # nothing at all is fetched in the background
     refs: tuple[RefStatus, ...]
     jobs: tuple[JobStatus, ...]
 

@@ -16,6 +16,7 @@ from weightfs.engine.causes import one_cause
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
 from weightfs.engine.holdings import Holdings
+from weightfs.engine.keeping import Keeper
 from weightfs.engine.seal import Sealer
 from weightfs.engine.status import VerifyProgress, VerifyReport
 from weightfs.errors import (
@@ -44,6 +45,7 @@ class Upkeep:
         holdings: Holdings,
         hasher: Hasher,
         sealer: Sealer,
+        keeper: Keeper,
     ) -> None:
         self._catalog = catalog
         self._planner = planner
@@ -51,6 +53,7 @@ class Upkeep:
         self._holdings = holdings
         self._hasher = hasher
         self._sealer = sealer
+        self._keeper = keeper
 
     async def complete(self, ref: str) -> None:
         """Fetch all of a ref and wait until it is sealed.
@@ -64,6 +67,7 @@ class Upkeep:
         for _, state in files.values():
             state.completing += 1
             state.no_room = None
+            self._keeper.weigh(state)  # a pause does not hold back what somebody waits for
 
         async def work() -> None:
             for path, state in left:
@@ -76,6 +80,7 @@ class Upkeep:
         finally:
             for _, state in files.values():
                 state.completing -= 1
+                self._keeper.weigh(state)
 
     async def _complete(self, path: str, state: BlobState) -> None:
         while not state.sealed or len(state.suspect):

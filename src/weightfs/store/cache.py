@@ -151,7 +151,7 @@ class Cache:
     ) -> tuple[str, ...]:
         """Record a ref, its blobs and their lists in one synced transaction.
 
-        A ref that is known keeps its earlier revisions, and stays pinned if it was; a blob that is known is joined by
+        A ref that is known keeps its earlier revisions, and keeps its marks; a blob that is known is joined by
         the rules of `store.merging`. Blobs `in_use`, and those that were prepared, keep their chunk length. Returns
         sentences about what was not taken over as given. IntegrityError, ChunkListError.
         """
@@ -159,10 +159,24 @@ class Cache:
             fixed = self._prepared.union(in_use)
             return self._index.write(lambda txn: refs.put(txn, manifest, in_use=fixed, now=now))
 
-    def pin_ref(self, ref: str, *, pinned: bool) -> bool:
-        """Note that a ref is to be kept whole, or no longer. Whether the ref is known."""
+    def mark_ref(
+        self, ref: str, *, pinned: bool | None = None, paused: bool | None = None, fill: str | None = None
+    ) -> bool:
+        """Note what people want of a ref; None leaves a mark as it is. Whether the ref is known."""
         with self._changes:
-            return self._index.write(lambda txn: refs.pin(txn, ref, pinned=pinned))
+            return self._index.write(
+                lambda txn: refs.mark(txn, ref, pinned=pinned, paused=paused, fill=fill)
+            )
+
+    def pause(self, *, paused: bool) -> None:
+        """Note that nothing at all is to be fetched in the background, or that this is over."""
+        with self._changes:
+            self._index.write(lambda txn: refs.pause_all(txn, paused))
+
+    def paused(self) -> bool:
+        """What `pause` noted."""
+        with self._index.read() as txn:
+            return refs.all_paused(txn)
 
     def remove_ref(self, ref: str) -> list[BlobId]:
         """Forget a ref (nothing happens if it is unknown). Returns its blobs that no other ref names."""

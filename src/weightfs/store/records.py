@@ -110,6 +110,8 @@ class RefRecord:
     added_at: int
     previous: tuple[str, ...]  # earlier revisions, the latest first
     pinned: bool = False  # somebody wants it whole
+    paused: bool = False  # nothing of it is to be fetched in the background
+    fill: str = ""  # how much of it is, or "": as the mount is configured
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +296,10 @@ def encode_ref(record: RefRecord) -> bytes:
     }
     if record.pinned:
         fields["pinned"] = True
+    if record.paused:
+        fields["paused"] = True
+    if record.fill:
+        fields["fill"] = record.fill
     return _dump(fields)
 
 
@@ -314,6 +320,8 @@ def decode_ref(payload: bytes) -> RefRecord:
             added_at=_typed(fields["added_at"], int),
             previous=tuple(_typed(revision, str) for revision in _typed(fields["previous"], list)),
             pinned=_typed(fields.get("pinned", False), bool),
+            paused=_typed(fields.get("paused", False), bool),
+            fill=_typed(fields.get("fill", ""), str),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"the record of a ref is malformed: {error}") from error

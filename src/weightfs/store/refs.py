@@ -25,18 +25,23 @@ from weightfs.store.records import (
     ref_key,
 )
 
+_PAUSED = b"paused"
+
 
 @dataclass(frozen=True, slots=True)
 class StoredRef:
     """A ref as it is known. `added_at` is in Unix seconds; `previous` are earlier revisions, the latest first.
 
-    `pinned`: it is to be kept whole.
+    `pinned`: it is to be kept whole. `paused`: nothing of it is fetched in the background. `fill`: how much of it is,
+    or empty, where nobody said so of this ref.
     """
 
     manifest: Manifest
     added_at: int
     previous: tuple[str, ...]
     pinned: bool = False
+    paused: bool = False
+    fill: str = ""
 
 
 def every(txn: Txn) -> list[StoredRef]:
@@ -89,6 +94,8 @@ def put(txn: Txn, manifest: Manifest, *, in_use: Collection[BlobId], now: int) -
         added_at=now if old is None else old.added_at,
         previous=previous,
         pinned=old is not None and old.pinned,
+        paused=old is not None and old.paused,
+        fill="" if old is None else old.fill,
     )
     key = ref_key(manifest.ref)
     txn.put_sealed("ref", key, encode_ref(record))
@@ -99,13 +106,27 @@ def put(txn: Txn, manifest: Manifest, *, in_use: Collection[BlobId], now: int) -
     return tuple(notes)
 
 
-def pin(txn: Txn, ref: str, *, pinned: bool) -> bool:
-    """See `Cache.pin_ref`."""
+def mark(txn: Txn, ref: str, **marks: bool | str | None) -> bool:
+    """See `Cache.mark_ref`."""
     record = _record(txn, ref)
     if record is None:
         return False
-    txn.put_sealed("ref", ref_key(ref), encode_ref(replace(record, pinned=pinned)))
+    given = {name: value for name, value in marks.items() if value is not None}
+    txn.put_sealed("ref", ref_key(ref), encode_ref(replace(record, **given)))
     return True
+
+
+def pause_all(txn: Txn, on: bool) -> None:
+    """See `Cache.pause`."""
+    if on:
+        txn.put("meta", _PAUSED, b"")
+    else:
+        txn.delete("meta", _PAUSED)
+
+
+def all_paused(txn: Txn) -> bool:
+    """See `Cache.paused`."""
+    return txn.get("meta", _PAUSED) is not None
 
 
 def remove(txn: Txn, ref: str) -> list[BlobId]:
@@ -126,7 +147,7 @@ def _record(txn: Txn, ref: str) -> RefRecord | None:
 def _stored(txn: Txn, record: RefRecord, known: dict[BlobId, Blob]) -> StoredRef:
     blobs = [_entry_blob(txn, entry.blob, known) for entry in record.entries]
     raw = txn.get_sealed("raw", ref_key(record.ref)) or b""
-    return StoredRef(manifest_of(record, blobs, raw), record.added_at, record.previous, record.pinned)
+    return StoredRef(manifest_of(record, blobs, raw), record.added_at, record.previous, record.pinned, record.paused, record.fill)
 
 
 def _check(manifest: Manifest) -> None:

@@ -41,6 +41,7 @@ class ModelBlob:
     mirror_count: int
     present: ChunkSet  # a copy: the planner owns its own
     fill: bool = False
+    paused: bool = False
     undurable: int = 0
     punching: set[int] = field(default_factory=set)
     kept: set[int] = field(default_factory=set)  # not present, and their room was not given back
@@ -140,6 +141,11 @@ class PlanDriver:
         """Background fill."""
         self.blobs[blob].fill = on
         self.feed(plan.Fill(blob, on))
+
+    def pause(self, blob: BlobId, *, on: bool = True) -> None:
+        """Hold background fill back."""
+        self.blobs[blob].paused = on
+        self.feed(plan.Pause(blob, on))
 
     def land(self, job: int, *, durable: bool = False) -> int:
         """The next chunk of the job lands; its number."""
@@ -262,7 +268,8 @@ class PlanDriver:
                 assert self.jobs[job].trim is None, "trimmed again before the answer"
                 self.jobs[job].trim = at
             case plan.Stop(job):
-                assert self.jobs[job].blob.gone
+                model = self.jobs[job]
+                assert model.blob.gone or (model.blob.paused and model.fetch.whole)
                 self.jobs[job].stopped = True
             case plan.Wake(waiter, failure):
                 blob, span = self.waiting.pop(waiter)  # KeyError: woken twice, or after it withdrew
@@ -285,6 +292,7 @@ class PlanDriver:
         }  # of a former blob with that id too: it writes the same file
         assert not flying & set(todo), "two writers of one chunk"
         assert not any(chunk in blob.present or chunk in blob.punching for chunk in todo)
+        assert not (fetch.priority is Priority.FILL and blob.paused), "fill of what is paused"
         self._check_bounds(fetch, blob, sum(len(blob.shape.span_of(chunk)) for chunk in todo))
         room = sum(len(blob.shape.span_of(chunk)) for chunk in todo if chunk not in blob.kept)
         most = self.capacity[0 if fetch.priority is Priority.DEMAND else 1]
@@ -334,7 +342,7 @@ class PlanDriver:
             return
         for blob in self.blobs.values():
             spans = [span for where, span in self.waiting.values() if where is blob]
-            spans += [blob.shape.chunks] if blob.fill else []
+            spans += [blob.shape.chunks] if blob.fill and not blob.paused else []
             absent = {chunk for span in spans for hole in blob.present.holes(span) for chunk in hole}
             short = self.planner.short()  # somebody was asked for room
             assert short or blob.undurable or absent <= blob.punching, f"nothing will ever wake {blob.id}"
@@ -350,6 +358,7 @@ class PlanDriver:
         for blob in self.blobs.values():
             self.punch(blob.id)
             self.fill(blob.id)
+            self.pause(blob.id, on=False)
         spans = dict(self.waiting)
         for _ in range(FINISH_STEPS):
             failed = [number for number in spans if self.woken.get(number)]
