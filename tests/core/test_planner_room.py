@@ -186,3 +186,24 @@ def test_a_fill_that_is_asked_for_again_asks_for_room_again() -> None:
     run_all(made)
     made.fill(A)  # a reader waits for room already: nothing new
     assert asked(made) == [*[(A, Priority.FILL)] * 2, (A, Priority.DEMAND)]
+
+
+def test_a_chunk_whose_room_was_kept_is_fetched_although_more_is_held_than_may_be() -> None:
+    """It was neither fetched nor refused: its reader waited for its whole read_timeout."""
+    made = PlanDriver()
+    made.limit(0, 0)
+    made.add(A, BlobShape(2 * MIB, MIB), mirrors("one"), kept=[0])
+    waiter = made.need(A, 0, 1)
+    (job,) = made.jobs
+    made.land(job)
+    assert made.woken == {waiter: None}
+
+
+def test_no_room_is_made_for_a_reader_who_has_gone() -> None:
+    made = PlanDriver()
+    made.limit(0, 0)
+    made.add(A, BlobShape(2 * MIB, MIB), mirrors("one"))
+    made.withdraw(made.need(A, 0, 1))
+    assert not made.planner.demanded_bytes()
+    made.fill(A)
+    assert made.planner.short() == {A: plan.Priority.FILL}

@@ -309,6 +309,8 @@ class Ledger:
             if not blob.waiting[chunk]:
                 del blob.waiting[chunk]
                 blob.demand.pop(chunk, None)
+        if not blob.demand and self.room.short.get(blob) is Priority.DEMAND:
+            del self.room.short[blob]  # background is looked at again, and says so if it does not fit
 
     def wake_failed(self, blob: BlobPlan, chunks: Iterable[int], failure: Failure) -> None:
         """Tell everybody who waits for one of `chunks`."""

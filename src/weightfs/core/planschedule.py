@@ -121,7 +121,8 @@ class Scheduler:
     def _fits(self, blob: BlobPlan, chunks: Iterable[int], priority: Priority) -> bool:
         room = self._ledger.room
         most = room.demand if priority is Priority.DEMAND else room.background
-        return most is None or self._ledger.held + self._ledger.cost(blob, chunks) <= most
+        cost = self._ledger.cost(blob, chunks)
+        return most is None or not cost or self._ledger.held + cost <= most
 
     def _short(self, blob: BlobPlan, chunks: Iterable[int], priority: Priority) -> _Outcome:
         room = self._ledger.room

@@ -296,7 +296,7 @@ class PlanDriver:
         self._check_bounds(fetch, blob, sum(len(blob.shape.span_of(chunk)) for chunk in todo))
         room = sum(len(blob.shape.span_of(chunk)) for chunk in todo if chunk not in blob.kept)
         most = self.capacity[0 if fetch.priority is Priority.DEMAND else 1]
-        assert most is None or self.held() + room <= most, "more than the cache may hold"
+        assert most is None or not room or self.held() + room <= most, "more than the cache may hold"
         self.jobs[fetch.job] = ModelJob(fetch, blob, todo)
 
     def _check_bounds(self, fetch: plan.Fetch, blob: ModelBlob, nbytes: int) -> None:
