@@ -238,7 +238,7 @@ async def test_a_fault_of_ours_ends_one_answer_and_not_the_daemon(
         ("GET", "/v1/map?ref=https://h/m&by=colour", b"", 400, "'by'"),
         ("GET", "/v1/map?ref=https://h/m", b"", 400, "not in the cache"),
         ("GET", "/v2/status", b"", 404, "/v2/status"),
-        ("PUT", "/v1/refs", b"", 404, "PUT"),
+        ("PUT", "/v1/refs", b"", 405, "PUT"),
     ],
 )
 async def test_bad_requests(

@@ -65,6 +65,15 @@ class ControlClient:
         """Keep whole, or no longer."""
         return await _ask(self._http, self._cache, "POST", "/v1/pin", {"ref": ref, "pinned": pinned})
 
+    async def set_fill(self, ref: str, mode: str) -> Document:
+        """Complete in the background."""
+        return await _ask(self._http, self._cache, "POST", "/v1/mode", {"ref": ref, "mode": mode})
+
+    async def pause(self, ref: str | None, *, paused: bool) -> Document:
+        """Hold background fetching back."""
+        body = {"paused": paused} if ref is None else {"ref": ref, "paused": paused}
+        return await _ask(self._http, self._cache, "POST", "/v1/pause", body)
+
     async def remove(self, ref: str) -> Document:
         """Forget."""
         return await _ask(self._http, self._cache, "DELETE", "/v1/refs", {"ref": ref}, timeout=REMOVE_TIMEOUT)
@@ -103,6 +112,11 @@ class ControlClient:
         query = urlencode({"ref": ref, "by": "layer" if layers else "tensor", "fetch": _FLAGS[fetch]})
         limit = HEADERS_TIMEOUT if fetch else LOCAL_HEADERS_TIMEOUT
         return await _ask(self._http, self._cache, "GET", f"/v1/map?{query}", timeout=limit)
+
+    async def chunk_map(self, ref: str) -> Document:
+        """Look at chunk sets."""
+        path = f"/v1/chunks?{urlencode({'ref': ref})}"
+        return await _ask(self._http, self._cache, "GET", path, timeout=LOCAL_HEADERS_TIMEOUT)
 
     async def job(self, job_id: str, *, wait: float) -> Document:
         """Poll."""

@@ -18,7 +18,8 @@ from weightfs.control.ports import BlobStatusLike, Document, EngineLike, StoredR
 from weightfs.core.manifest import Blob, BlobId, Trust
 from weightfs.core.names import identity
 from weightfs.core.ref import Ref, parse_ref
-from weightfs.errors import FailureKind, RefError, SourceError
+from weightfs.engine.settings import FillMode
+from weightfs.errors import FailureKind, RefError, SourceError, UsageError
 
 T = TypeVar("T")
 
@@ -28,8 +29,11 @@ ADD_BOUND: Final = 300.0  # seconds
 HEADERS_BOUND: Final = 300.0
 HEADERS_WAIT: Final = 60.0  # for those that `add` fetches in the background
 
+DEFAULT_FILL: Final = "default"  # as the mount is configured
+FILL_MODES: Final = (*(mode.value for mode in FillMode), DEFAULT_FILL)
+
 # What `status` says of a ref as a whole, beside the engine's word on each of its files.
-_SUMS: Final = ("size_bytes", "present_bytes", "complete", "trust")
+_SUMS: Final = ("size_bytes", "present_bytes", "complete", "trust", "fill")
 
 _WEAKEST_FIRST: Final = (
     Trust.QUARANTINED,
@@ -110,6 +114,31 @@ class EngineOperations:
             raise self._unknown(name) from None
         return self._ref_document(self._stored(name))
 
+    async def set_fill(self, ref: str, mode: str) -> Document:
+        """Complete in the background."""
+        name = self._stored(_canonical(ref)).manifest.ref
+        if mode not in FILL_MODES:
+            raise UsageError(f"the fill mode of a ref is one of {', '.join(FILL_MODES)}")
+        try:
+            await self._engine.set_fill(name, None if mode == DEFAULT_FILL else FillMode(mode))
+        except KeyError:
+            raise self._unknown(name) from None
+        return self._ref_document(self._stored(name))
+
+    async def pause(self, ref: str | None, *, paused: bool) -> Document:
+        """Hold background fetching back."""
+        refs: list[Document] = []
+        if ref is None:
+            await self._engine.pause_all(paused=paused)
+        else:
+            name = self._stored(_canonical(ref)).manifest.ref
+            try:
+                await self._engine.pause(name, paused=paused)
+            except KeyError:
+                raise self._unknown(name) from None
+            refs = [self._ref_document(self._stored(name))]
+        return {"all_paused": self._engine.all_paused, "refs": refs}
+
     async def remove(self, ref: str) -> Document:
         """Forget a ref."""
         stored = self._stored(_canonical(ref))
@@ -171,6 +200,12 @@ class EngineOperations:
         document["files"] = [{**file, "problem": to_json(file["problem"])} for file in document["files"]]
         return document
 
+    async def chunk_map(self, ref: str) -> Document:
+        """Look at chunk sets."""
+        name = self._stored(_canonical(ref)).manifest.ref
+        with _headers_bound(name):
+            return await self._engine.chunk_map(name)
+
     async def job(self, job_id: str, *, wait: float) -> Document:
         """Poll."""
         return (await self._jobs.wait(job_id, wait)).document()
@@ -212,6 +247,8 @@ class EngineOperations:
             "revision": manifest.revision,
             "added_at": stored.added_at,
             "pinned": stored.pinned,
+            "paused": stored.paused,
+            "fill": stored.fill or DEFAULT_FILL,
             "previous": list(stored.previous),
             "size_bytes": sum(document["size_bytes"] for document in unique.values()),
             "present_bytes": sum(document["present_bytes"] for document in unique.values()),

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 from weightfs.core.manifest import BlobId, Manifest
 from weightfs.core.ref import Ref
+from weightfs.engine.settings import FillMode
 
 # What JSON can say, with string keys; docs/configuration.md lists the fields of each document.
 Document: TypeAlias = dict[str, Any]
@@ -37,6 +38,16 @@ class StoredRefLike(Protocol):
     @property
     def pinned(self) -> bool:
         """It is to be kept whole."""
+        ...
+
+    @property
+    def paused(self) -> bool:
+        """Nothing of it is fetched in the background."""
+        ...
+
+    @property
+    def fill(self) -> str:
+        """How much of it is, or empty: as configured."""
         ...
 
 
@@ -122,8 +133,25 @@ class EngineLike(Protocol):
         """Keep whole, or no longer. KeyError."""
         ...
 
+    async def set_fill(self, ref_text: str, mode: FillMode | None, /) -> None:
+        """How much of it is completed in the background; None: as configured. KeyError."""
+        ...
+
+    async def pause(self, ref_text: str, /, *, paused: bool) -> None:
+        """Fetch nothing of it in the background, or again. KeyError."""
+        ...
+
+    async def pause_all(self, *, paused: bool) -> None:
+        """Fetch nothing at all in the background, or again."""
+        ...
+
     async def remove(self, ref_text: str, /) -> int:
         """Forget; bytes freed. KeyError."""
+        ...
+
+    @property
+    def all_paused(self) -> bool:
+        """What `pause_all` said last, in this life or before."""
         ...
 
     def refs(self) -> Sequence[StoredRefLike]:
@@ -164,6 +192,10 @@ class EngineLike(Protocol):
         """Tensors, or layers, file by file, as plain values. KeyError."""
         ...
 
+    async def chunk_map(self, ref_text: str, /) -> Document:
+        """Runs of chunks, file by file, as plain values. KeyError."""
+        ...
+
 
 class Operations(Protocol):
     """What can be asked of a cache. Every method may raise any WeightfsError."""
@@ -190,6 +222,14 @@ class Operations(Protocol):
 
     async def pin(self, ref: str, *, pinned: bool) -> Document:
         """Keep the known `ref` whole, or no longer; its document."""
+        ...
+
+    async def set_fill(self, ref: str, mode: str) -> Document:
+        """Complete the known `ref` in the background (`all`), when it is open (`opened`), `never`, or by `default`."""
+        ...
+
+    async def pause(self, ref: str | None, *, paused: bool) -> Document:
+        """Hold the background fetching of `ref`, or of everything, back, or let it go on: `{all_paused, refs}`."""
         ...
 
     async def remove(self, ref: str) -> Document:
@@ -221,6 +261,10 @@ class Operations(Protocol):
 
     async def tensor_map(self, ref: str, *, layers: bool = False, fetch: bool = False) -> Document:
         """Where each tensor of `ref`, or with `layers` each layer, lies, and how much of it is cached and verified."""
+        ...
+
+    async def chunk_map(self, ref: str) -> Document:
+        """Which chunks of each file of `ref` are there, quarantined, or on their way, as runs."""
         ...
 
     async def job(self, job_id: str, *, wait: float) -> Document:

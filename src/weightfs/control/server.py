@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
+import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
@@ -38,6 +38,8 @@ MAX_BODY: Final = 64 * 1024
 # Hypercorn keeps a connection for so long even after its peer has gone; our own client closes after each answer.
 IDLE: Final = 1.0  # seconds
 MAX_REFS_IN_BODY: Final = 1000
+
+_NUMBER: Final = re.compile(r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,4})?", re.ASCII)
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ def make_app(operations: Operations) -> Starlette:
     routes = [
         Route(path, _endpoint(partial(handler, operations)), methods=[method])
         for method, path, handler in (
+            ("GET", "/v1/openapi.json", _openapi),
             ("GET", "/v1/health", _health),
             ("GET", "/v1/status", _status),
             ("GET", "/v1/refs", _refs),
@@ -95,17 +98,26 @@ def make_app(operations: Operations) -> Starlette:
             ("DELETE", "/v1/refs", _remove),
             ("POST", "/v1/update", _update),
             ("POST", "/v1/pin", _pin),
+            ("POST", "/v1/mode", _mode),
+            ("POST", "/v1/pause", _pause),
             ("POST", "/v1/gc", _gc),
             ("POST", "/v1/fill", _fill),
             ("POST", "/v1/verify", _verify),
             ("GET", "/v1/headers", _headers),
             ("GET", "/v1/details", _details),
             ("GET", "/v1/map", _map),
+            ("GET", "/v1/chunks", _chunks),
             ("GET", "/v1/jobs/{job}", _job),
             ("DELETE", "/v1/jobs/{job}", _cancel),
         )
     ]
-    return Starlette(routes=routes, exception_handlers={404: _no_route, 405: _no_route})
+    return Starlette(routes=routes, exception_handlers={404: _no_route, 405: _no_method})
+
+
+async def _openapi(_: Operations, __: Request) -> Document:
+    from weightfs.control.openapi import describe  # it looks into the engine; a client of this module need not
+
+    return describe()
 
 
 async def _health(operations: Operations, _: Request) -> Document:
@@ -131,9 +143,18 @@ async def _update(operations: Operations, request: Request) -> Document:
 
 async def _pin(operations: Operations, request: Request) -> Document:
     body = await _body(request)
-    if "pinned" not in body:
-        raise UsageError("the request needs true or false in the field 'pinned'")
-    return await operations.pin(_text(body, "ref"), pinned=_flag(body, "pinned"))
+    return await operations.pin(_text(body, "ref"), pinned=_needed_flag(body, "pinned"))
+
+
+async def _mode(operations: Operations, request: Request) -> Document:
+    body = await _body(request)
+    return await operations.set_fill(_text(body, "ref"), _text(body, "mode"))
+
+
+async def _pause(operations: Operations, request: Request) -> Document:
+    body = await _body(request)
+    ref = _text(body, "ref") if "ref" in body else None
+    return await operations.pause(ref, paused=_needed_flag(body, "paused"))
 
 
 async def _remove(operations: Operations, request: Request) -> Document:
@@ -168,6 +189,14 @@ async def _map(operations: Operations, request: Request) -> Response:
     document = await operations.tensor_map(
         _query(request, "ref"), layers=by == "layer", fetch=_query_flag(request, "fetch")
     )
+    return await _large(document)
+
+
+async def _chunks(operations: Operations, request: Request) -> Response:
+    return await _large(await operations.chunk_map(_query(request, "ref")))
+
+
+async def _large(document: Document) -> Response:
     # Up to some 50 MB: in a thread, and by the encoder in Python, since the one in C holds the interpreter's lock.
     body = await trio.to_thread.run_sync(lambda: "".join(json.JSONEncoder().iterencode(document)).encode())
     return Response(body, media_type="application/json")
@@ -217,6 +246,22 @@ async def _no_route(request: Request, _: Exception) -> Response:
     return JSONResponse(error_to_json(error), status_code=HTTPStatus.NOT_FOUND)
 
 
+async def _no_method(request: Request, _: Exception) -> Response:
+    """RFC 9110 section 15.5.6. Starlette knows the methods of one route, and a path may have several."""
+    there = {
+        method
+        for route in request.app.routes
+        if route.path_regex.match(request.url.path)
+        for method in route.methods
+    }
+    text = f"{request.url.path[:200]} is not asked with {request.method[:20]}, but with {', '.join(sorted(there))}"
+    return JSONResponse(
+        error_to_json(UsageError(text)),
+        status_code=HTTPStatus.METHOD_NOT_ALLOWED,
+        headers={"Allow": ", ".join(sorted(there))},
+    )
+
+
 async def _body(request: Request) -> dict[str, Any]:
     data = bytearray()
     async with contextlib.aclosing(request.stream()) as pieces:
@@ -247,6 +292,12 @@ def _flag(body: dict[str, Any], key: str) -> bool:
     return value
 
 
+def _needed_flag(body: dict[str, Any], key: str) -> bool:
+    if key not in body:
+        raise UsageError(f"the request needs true or false in the field {key!r}")
+    return _flag(body, key)
+
+
 def _texts(body: dict[str, Any], key: str) -> list[str]:
     value = body.get(key, [])
     if (
@@ -273,10 +324,7 @@ def _query_flag(request: Request, key: str) -> bool:
 
 
 def _seconds(request: Request) -> float:
-    try:
-        seconds = float(request.query_params.get("wait", "0"))
-    except ValueError:
-        seconds = math.nan
-    if math.isnan(seconds):  # it can also be asked for by that name
+    text = request.query_params.get("wait", "0")
+    if not _NUMBER.fullmatch(text):  # `float` takes more: nan, inf, 1_000
         raise UsageError("the parameter 'wait' must be a number of seconds")
-    return seconds
+    return float(text)

@@ -8,15 +8,16 @@ equals a trusted chunk list (docs/semantics.md, "Trust"), and it was hashed sinc
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 import trio
 
 from weightfs.core.chunkset import ChunkSet
-from weightfs.core.geometry import ByteSpan
-from weightfs.core.manifest import Manifest, Trust
+from weightfs.core.geometry import ByteSpan, ChunkSpan
+from weightfs.core.manifest import BlobId, Manifest, Trust
 from weightfs.core.tensors import (
     MAX_JSON_BYTES,
     Coverage,
@@ -39,6 +40,7 @@ FETCH_SECONDS: Final = 60.0  # for one header that is not
 # Of one ref: some 100 MB while they are looked at, and as JSON less than a control client reads. The largest models
 # have 90,000.
 MAX_TENSORS: Final = 250_000
+MAX_RUNS: Final = 100_000  # of chunks, in a map of one ref: some 2 MB of JSON; the largest blob has 16,384
 _PROVEN: Final = (Trust.VERIFIED, Trust.ATTESTED)
 
 
@@ -119,6 +121,14 @@ class Details:
         """Its tensors, or with `layers` its layers, file by file: what `weightfs map --json` prints."""
         seen = [one for one in await self._look(manifest, fetch=fetch) if one.state is not HeaderState.NONE]
         return await trio.to_thread.run_sync(_map, manifest, seen, layers)
+
+    async def chunk_map(self, manifest: Manifest, in_flight: Mapping[BlobId, Sequence[ChunkSpan]]) -> dict[str, Any]:
+        """Which chunks of its files are there: what `weightfs status REF --json` prints.
+
+        `in_flight`: what is being fetched, by blob.
+        """
+        seen = await self._look(manifest, fetch=False)
+        return await trio.to_thread.run_sync(_chunks, manifest, seen, in_flight)
 
     async def _look(self, manifest: Manifest, *, fetch: bool) -> list[_Seen]:
         seen = []
@@ -232,6 +242,41 @@ def _map(manifest: Manifest, seen: Sequence[_Seen], layers: bool) -> dict[str, A
             file["tensors"] = [_tensor(tensor, base, cached, verified) for tensor in tensors]
         files.append(file)
     return {"ref": manifest.ref, "by": "layer" if layers else "tensor", "files": files}
+
+
+def _chunks(
+    manifest: Manifest, seen: Sequence[_Seen], in_flight: Mapping[BlobId, Sequence[ChunkSpan]]
+) -> dict[str, Any]:
+    """Runs are half-open pairs of the blob's chunk numbers. A file for which there was no room has None for them."""
+    files = []
+    room = MAX_RUNS
+    for one in seen:
+        state = one.part.state
+        window = state.shape.chunks_covering(one.part.span) if one.part.size else ChunkSpan(0, 0)
+        bad = state.trust is Trust.QUARANTINED
+        cached = [[run.start, run.stop] for run in islice(one.cached.runs(window), room + 1)]
+        flying = [
+            [max(run.start, window.start), min(run.stop, window.stop)]
+            for run in sorted(in_flight.get(state.id, ()), key=lambda run: run.start)
+            if max(run.start, window.start) < min(run.stop, window.stop)
+        ]
+        room = max(-1, room - len(cached) - len(flying))
+        runs = {"present": [] if bad else cached, "quarantined": cached if bad else [], "in_flight": flying}
+        files.append(
+            {
+                "path": _path(manifest, one.part.path),
+                "blob": str(state.id),
+                "size_bytes": one.part.size,
+                "cached_bytes": Coverage(one.cached, state.shape).within(one.part.span),
+                "trust": state.trust.value,
+                "header_bytes": one.header.nbytes if one.header is not None else None,
+                "chunk_length": state.shape.chunk_length,
+                "first_chunk": window.start,
+                "chunk_count": len(window),
+                "runs": runs if room >= 0 else None,
+            }
+        )
+    return {"ref": manifest.ref, "files": files}
 
 
 def _tensor(tensor: Tensor, base: int, cached: Coverage, verified: Coverage) -> dict[str, Any]:

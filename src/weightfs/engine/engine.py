@@ -272,6 +272,11 @@ class Engine:
                 if number % AT_A_TIME == AT_A_TIME - 1:
                     await trio.lowlevel.checkpoint()  # readers come between
 
+    @property
+    def all_paused(self) -> bool:
+        """Whether nothing at all is fetched in the background."""
+        return self._catalog.all_paused
+
     def _weigh(self, ref_text: str) -> None:
         for _, state in self._catalog.files(ref_text):
             self._keeper.begin(state)
@@ -291,6 +296,13 @@ class Engine:
     async def tensor_map(self, ref_text: str, *, layers: bool = False, fetch: bool = False) -> dict[str, Any]:
         """Where the tensors of a ref lie and how much of each is cached, as plain values. KeyError."""
         return await self._details.tensor_map(self._known(ref_text).manifest, layers=layers, fetch=fetch)
+
+    async def chunk_map(self, ref_text: str) -> dict[str, Any]:
+        """Which chunks of a ref are there or on their way, as plain values. KeyError."""
+        flying: dict[BlobId, list[ChunkSpan]] = {}
+        for job in self._planner.jobs(trio.current_time()):
+            flying.setdefault(job.blob, []).append(job.chunks)
+        return await self._details.chunk_map(self._known(ref_text).manifest, flying)
 
     def _known(self, ref_text: str) -> StoredRef:
         stored = self._catalog.ref(ref_text)

@@ -15,6 +15,7 @@ from weightfs.control.operations import EngineOperations, ProcessInfo
 from weightfs.core.geometry import BlobShape
 from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror, Trust
 from weightfs.core.ref import Ref, tree_of
+from weightfs.engine.settings import FillMode
 
 
 @dataclass(slots=True)
@@ -25,6 +26,8 @@ class FakeStored:
     added_at: int = 1_700_000_000
     previous: tuple[str, ...] = ()
     pinned: bool = False
+    paused: bool = False
+    fill: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class FakeControlEngine:
     padding: str = ""  # makes the status as large as a test wants it
     refreshed: list[bool] = field(default_factory=list)
     outcome: str = "updated"  # of the next updates
+    all_paused: bool = False
     forget_to_answer: bool = False  # whoever asks an origin waits for ever
 
     def _fail(self) -> None:
@@ -126,6 +130,24 @@ class FakeControlEngine:
         await trio.lowlevel.checkpoint()
         self._fail()
         self.stored[ref_text].pinned = pinned
+
+    async def set_fill(self, ref_text: str, mode: FillMode | None) -> None:
+        """Note it."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        self.stored[ref_text].fill = "" if mode is None else mode.value
+
+    async def pause(self, ref_text: str, *, paused: bool) -> None:
+        """Note it."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        self.stored[ref_text].paused = paused
+
+    async def pause_all(self, *, paused: bool) -> None:
+        """Note it."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        self.all_paused = paused
 
     async def remove(self, ref_text: str) -> int:
         """Forget."""
@@ -186,6 +208,12 @@ class FakeControlEngine:
         self._fail()
         files = [{"path": "models/m", "problem": "https://u:p@h/m?token=1 is gone"}]
         return {"ref": ref_text, "by": "layer" if layers else "tensor", "files": files, "fetch": fetch}
+
+    async def chunk_map(self, ref_text: str) -> dict[str, Any]:
+        """Of no file."""
+        await trio.lowlevel.checkpoint()
+        self._fail()
+        return {"ref": ref_text, "files": []}
 
     def status(self) -> dict[str, Any]:
         """A small part of the engine's."""
