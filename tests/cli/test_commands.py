@@ -260,6 +260,7 @@ STATUS = {
     "mismatched_chunks": 1,
     "disk_faults": 0,
     "trouble": "the disk is full",
+    "paused": False,
     "refs": [
         {
             "ref": REF,

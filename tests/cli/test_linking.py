@@ -144,7 +144,7 @@ def test_link_of_an_empty_mount_is_an_empty_store(daemon: Daemon, tmp_path: Path
         "runtime": "ollama",
         "directory": str(store),
         "mountpoint": str(daemon.mountpoint),
-        **{what: [] for what in CHANGES},
+        **{what: [] for what in (*CHANGES, "failed")},
     }
     assert sorted(path.name for path in store.iterdir()) == [RECORD, "blobs", "manifests"]
 
@@ -188,6 +188,14 @@ class Stage:
         argv += ["--mountpoint", str(self.mounted.mountpoint), "--cache", str(self.store.parent / "cache")]
         document: dict[str, Any] = json.loads(self.mounted.finish(self.mounted.command(argv), deadline=60))
         return {what: document[what] for what in CHANGES if document[what]}
+
+    def fail(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """The same, where it cannot do all."""
+        argv = [sys.executable, "-m", "weightfs", "link", "ollama", str(self.store), *options]
+        argv += ["--mountpoint", str(self.mounted.mountpoint), "--cache", str(self.store.parent / "cache")]
+        client = self.mounted.command(argv)
+        out, err = client.communicate(timeout=60)
+        return subprocess.CompletedProcess(argv, client.returncode, out, err)
 
     def read(self) -> list[str]:
         """The models that the Ollama server would find there, once it has made the directory that it makes itself."""
@@ -234,6 +242,26 @@ def test_the_server_finds_every_model_and_twice_changes_nothing(stage: Stage) ->
     before = {path: path.lstat().st_ino for path in stage.store.rglob("*") if path.name != RECORD}
     assert stage.link() == {"unchanged": ["hf.co/Org/Name-GGUF/Q4", AYA]}
     assert {path: path.lstat().st_ino for path in stage.store.rglob("*") if path.name != RECORD} == before
+
+
+@pytest.mark.mount
+def test_a_model_that_cannot_be_linked_does_not_stop_the_others(stage: Stage) -> None:
+    """Regression: the first OSError was the end, and what came after it by name was not linked."""
+    stage.put("aya:8b", "model.gguf")
+    stage.put("zephyr:7b", "model.gguf", "template")
+    library = stage.store / "manifests/registry.ollama.ai/library"
+    library.mkdir(parents=True)
+    (library / "aya").write_text("in the way")
+    done = stage.fail("--json")
+    assert done.returncode == UsageError.exit_code
+    document = json.loads(done.stdout)
+    assert document["linked"] == ["registry.ollama.ai/library/zephyr/7b"]
+    assert [failed["path"] for failed in document["failed"]] == [AYA]
+    first, last = done.stderr.splitlines()
+    assert f"{AYA} was left as it is" in first
+    assert "do this again" in last
+    (library / "aya").unlink()
+    assert stage.link() == {"linked": [AYA], "unchanged": ["registry.ollama.ai/library/zephyr/7b"]}
 
 
 @pytest.mark.mount

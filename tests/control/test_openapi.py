@@ -29,7 +29,7 @@ from weightfs.core.ref import parse_ref
 from weightfs.testing.daemon import Daemon
 
 SOAK = os.environ.get("WEIGHTFS_SOAK") == "1"
-EXAMPLES = 1000 if SOAK else 10
+EXAMPLES = 1000 if SOAK else 6
 BASE = "http://weightfs"
 
 
@@ -99,7 +99,7 @@ def described(ref: str) -> dict[str, Any]:
 load_all_checks()
 # A text is a ref or a job by more than a schema can say, so what it allows may be refused (400); and an origin that is
 # out of reach is 502. A fault of our own is 500, and looked for below.
-EXCLUDED = [CHECKS.get_one(name) for name in ("positive_data_acceptance", "not_a_server_error")]
+EXCLUDED: list[Any] = [CHECKS.get_one(name) for name in ("positive_data_acceptance", "not_a_server_error")]
 # What takes nothing, or a path alone, cannot be asked wrongly: another path is another operation.
 OPERATIONS = [
     pytest.param(path, method, mode, id=f"{method} {path} {mode.value}")
@@ -123,7 +123,7 @@ def test_everything_is_as_described(
         max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=not SOAK
     )
     @given(case=operation.as_strategy(generation_mode=mode))
-    def ask(case: Case) -> None:
+    def ask(case: Case[Any]) -> None:
         added = session.post(f"{BASE}/v1/refs", json={"ref": ref}, timeout=60)
         assert added.status_code == HTTPStatus.OK, "a case before may have removed it"
         answer = case.call(session=session, base_url=BASE, timeout=60)

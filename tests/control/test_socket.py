@@ -194,6 +194,51 @@ async def test_an_error_of_the_daemon_is_raised_in_the_command(tmp_path: Path, e
         await client.health()
 
 
+async def test_an_origin_that_is_away_is_told_with_the_ref(tmp_path: Path) -> None:
+    """Regression: `update` of many told a URL, and not of which ref."""
+    async with connected(tmp_path) as (one, client):
+        name = (await client.add("ollama://aya:8b"))["ref"]
+        for ask in (client.update, client.add):
+            one.engine.error = SourceError("https://h/v2/ cannot be reached", kind=FailureKind.CONNECT)
+            with pytest.raises(SourceError) as caught:
+                await ask(name)
+            assert str(caught.value) == f"{name}: https://h/v2/ cannot be reached"
+            assert caught.value.kind is FailureKind.CONNECT
+        one.engine.error = SourceError(f"{name}: there is none", kind=FailureKind.NOT_FOUND)
+        with pytest.raises(SourceError, match=f"^{name}: there is none$"):
+            await client.update(name)
+
+
+async def test_a_fill_mode_and_a_pause_are_noted(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (_, client):
+        added = await client.add(REF)
+        assert (added["fill"], added["paused"]) == ("default", False)
+        for mode in ("all", "opened", "never", "default"):
+            assert (await client.set_fill(REF, mode))["fill"] == mode
+        for mode in ("", "some"):
+            with pytest.raises(UsageError, match="mode"):
+                await client.set_fill(REF, mode)
+        answer = await client.pause(REF, paused=True)
+        assert answer["all_paused"] is False
+        assert [ref["paused"] for ref in answer["refs"]] == [True]
+        assert await client.pause(None, paused=True) == {"all_paused": True, "refs": []}
+        assert (await client.pause(REF, paused=False))["all_paused"] is True
+        assert await client.pause(None, paused=False) == {"all_paused": False, "refs": []}
+        for ask in (client.set_fill("https://h/m", "all"), client.pause("https://h/m", paused=True)):
+            with pytest.raises(RefError, match="weightfs ls"):
+                await ask
+        assert (await client.chunk_map(REF))["ref"] == REF
+
+
+async def test_a_name_that_no_text_can_have_is_the_askers_fault(tmp_path: Path) -> None:
+    """A lone surrogate is JSON, and cannot be said again in UTF-8."""
+    async with daemon(tmp_path) as one, raw_client(one.cache) as http:
+        for path in ("/v1/refs", "/v1/update", "/v1/fill"):
+            answer = await http.post(path, content=b'{"ref": "https://h/\\ud800.gguf"}')
+            assert answer.status_code == 400
+            assert answer.json()["exit_code"] == UsageError.exit_code
+
+
 async def test_an_unknown_ref_is_named(tmp_path: Path) -> None:
     async with connected(tmp_path) as (_, client):
         with pytest.raises(RefError, match=r"models\.example\.com.*weightfs ls"):

@@ -242,7 +242,9 @@ async def test_a_pull_goes_on_through_a_pause(repository: MemoryRepository, tmp_
         await until_complete(engine, "two")
 
 
-async def test_what_two_refs_name_is_paused_when_both_are(repository: MemoryRepository, tmp_path: Path) -> None:
+async def test_what_two_refs_name_is_paused_when_both_are(
+    repository: MemoryRepository, tmp_path: Path
+) -> None:
     repository.push(REF, {"one": A})
     repository.push(OTHER, {"same": A})
     async with running_engine(tmp_path / "cache", LAZY) as engine:

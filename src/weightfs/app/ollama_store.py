@@ -3,7 +3,8 @@
 Rules. What Ollama itself has put there wins: its blobs and its manifests are never overwritten, nor deleted. What this
 module made it remembers in `.weightfs.json`, and changes or deletes only that, and only while it is still as it was
 made. Every file appears whole, by a rename; a link appears by one call. Blobs come before the manifest that names them,
-and go after it, so that Ollama never sees a model without its blobs. Doing it twice changes nothing.
+and go after it, so that Ollama never sees a model without its blobs. Doing it twice changes nothing. What cannot be
+done for one model does not stop the others, and nothing of that model is taken away.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import stat
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +38,7 @@ class Outcome:
     unchanged: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    failed: dict[str, OSError] = field(default_factory=dict)  # by path, and why
 
     def document(self) -> dict[str, Any]:
         """For JSON."""
@@ -43,6 +46,14 @@ class Outcome:
             name: sorted(getattr(self, name))
             for name in ("linked", "updated", "unchanged", "removed", "kept")
         }
+
+    @contextlib.contextmanager
+    def noting(self, path: str) -> Iterator[None]:
+        """An OSError inside is noted for `path`, and goes no further."""
+        try:
+            yield
+        except OSError as error:
+            self.failed[path] = error
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,36 +75,43 @@ class OllamaStore:
         self._links: set[str] = set()  # names below `blobs`
 
     def update(self) -> Outcome:
-        """Bring the store to what the mount has. OSError: it cannot be read or written."""
-        models = self._models()
+        """Bring the store to what the mount has. OSError: it cannot be read or written at all."""
         outcome = Outcome()
+        models = self._models(outcome)
         for place in (self._manifests, self._blobs):
             place.mkdir(parents=True, exist_ok=True)
         self._recall()
-        wanted = {model.path for model in models}
+        unread = set(outcome.failed)
+        wanted = {model.path for model in models} | unread
         try:
             for model in models:
-                for blob in model.blobs:
-                    self._link(blob, outcome)
-                self._write(model, outcome)
+                with outcome.noting(model.path):
+                    for blob in model.blobs:
+                        self._link(blob, outcome)
+                    self._write(model, outcome)
             for path in sorted(self._ours.keys() - wanted):
-                self._remove_manifest(path, outcome)
-            for blob in sorted(self._links - {blob for model in models for blob in model.blobs}):
-                self._remove_link(blob, outcome)
+                with outcome.noting(path):
+                    self._remove_manifest(path, outcome)
+            # Which blobs an unread manifest names nobody knows, and one that stays keeps its own.
+            named = {blob for model in models for blob in model.blobs}
+            for blob in [] if outcome.failed else sorted(self._links - named):
+                with outcome.noting(blob):
+                    self._remove_link(blob, outcome)
         finally:
             self._remember()  # also of what was done before it failed
         return outcome
 
-    def _models(self) -> list[_Model]:
+    def _models(self, outcome: Outcome) -> list[_Model]:
         """Everything that the mount shows, whose blobs it has."""
         root = self._source / "manifests"
         there = set(os.listdir(self._source / "blobs"))  # noqa: PTH208 - names
         models = []
         for place in sorted(root.glob("*/*/*/*")):
-            with place.open("rb") as file:
+            path = place.relative_to(root).as_posix()
+            with outcome.noting(path), place.open("rb") as file:
                 raw = file.read(MAX_MANIFEST)
-            names = set(_BLOB.findall(raw.decode(errors="replace").replace("sha256:", "sha256-")))
-            models.append(_Model(place.relative_to(root).as_posix(), raw, tuple(sorted(names & there))))
+                names = set(_BLOB.findall(raw.decode(errors="replace").replace("sha256:", "sha256-")))
+                models.append(_Model(path, raw, tuple(sorted(names & there))))
         return models
 
     def _link(self, name: str, outcome: Outcome) -> None:
@@ -138,16 +156,17 @@ class OllamaStore:
 
     def _remove_manifest(self, path: str, outcome: Outcome) -> None:
         place = self._manifests / path
-        if _digest_of(place) == self._ours.pop(path):
+        if _digest_of(place) == self._ours[path]:
             place.unlink()
             outcome.removed.append(path)
+        del self._ours[path]
 
     def _remove_link(self, name: str, outcome: Outcome) -> None:
         place = self._blobs / name
-        self._links.discard(name)
         if place.is_symlink() and os.readlink(place).endswith(f"/ollama/blobs/{name}"):  # noqa: PTH115
             place.unlink()
             outcome.removed.append(name)
+        self._links.discard(name)
 
     def _recall(self) -> None:
         """What cannot be read, or leads elsewhere, was not made by us: then everything there is Ollama's."""

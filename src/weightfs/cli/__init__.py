@@ -20,6 +20,8 @@ from weightfs.cli.mapping import map_
 from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
 from weightfs.cli.pulling import pull
+from weightfs.cli.steering import fill, pause, resume
+from weightfs.cli.topping import top
 
 EPILOG = """\b
 Examples:
@@ -60,8 +62,8 @@ def cli() -> None:
 
 
 for command in (
-    *(mount, umount, add, pull, update, pin, unpin),
-    *(status, ls, map_, verify, gc, rm, link, env, publish, doctor, config, completion),
+    *(mount, umount, add, pull, update, pin, unpin, fill, pause, resume),
+    *(status, top, ls, map_, verify, gc, rm, link, env, publish, doctor, config, completion),
 ):
     cli.add_command(command)
 

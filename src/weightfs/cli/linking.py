@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LINK_TIMEOUT: Final = (
     120.0  # seconds for thousands of small files on a slow disk; a dead mount would take for ever
 )
+MAX_TOLD: Final = 20  # names of which each is told by itself; --json has all
 
 mountpoint_option = click.option(
     "--mountpoint", metavar="DIR", help="Where the models are mounted.  [default: as the cache's daemon says]"
@@ -81,14 +82,42 @@ def link(
     outcome = _link(_absolute(directory), place)
     if as_json:
         document = {"runtime": runtime, "directory": str(_absolute(directory)), "mountpoint": str(place)}
-        click.echo(json.dumps({**document, **outcome.document()}, indent=2))
+        failed = [{"path": path, "error": _why(error)} for path, error in sorted(outcome.failed.items())]
+        click.echo(json.dumps({**document, **outcome.document(), "failed": failed}, indent=2))
+        _tell_failed(outcome, place)
         return 0
     for what, paths in outcome.document().items():
         for path in paths:
             click.echo(f"{what:9} {path}")
     if outcome.kept:
         say("what is marked `kept` is Ollama's own, and was left as it is")
+    _tell_failed(outcome, place)
     return 0
+
+
+def _why(error: OSError) -> str:
+    return f"{error.filename or 'it'}: {error.strerror}"
+
+
+def _tell_failed(outcome: Outcome, mountpoint: Path) -> None:
+    """Say what could not be done. MountError: the mount was at fault, at least once; else UsageError."""
+    if not outcome.failed:
+        return
+    failed = sorted(outcome.failed.items())
+    for path, error in failed[:MAX_TOLD]:
+        say(f"{path} was left as it is: {_why(error)}")
+    mount = next((error for _, error in failed if _is_of(error, mountpoint)), None)
+    count = f"{len(failed)} {'name was' if len(failed) == 1 else 'names were'} left as they were"
+    if mount is not None:
+        raise MountError(
+            f"{count}: the mount at {mountpoint} cannot be read ({mount.strerror}); look into its daemon's log, and do "
+            "this again"
+        )
+    raise UsageError(f"{count} ({failed[0][1].strerror}); mend that, and do this again: the rest is done")
+
+
+def _is_of(error: OSError, mountpoint: Path) -> bool:
+    return str(error.filename or "").startswith(f"{mountpoint}/")
 
 
 def _link(directory: Path, mountpoint: Path) -> Outcome:
@@ -111,7 +140,7 @@ def _link(directory: Path, mountpoint: Path) -> Outcome:
     try:
         return bounded(work, LINK_TIMEOUT, f"{mountpoint} or {directory}")
     except OSError as error:
-        if str(error.filename or "").startswith(f"{mountpoint}/"):
+        if _is_of(error, mountpoint):
             raise MountError(
                 f"the mount at {mountpoint} cannot be read: {error.strerror}; look into its daemon's log"
             ) from None

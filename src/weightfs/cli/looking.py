@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -19,32 +19,67 @@ from weightfs.errors import RefError, UsageError
 if TYPE_CHECKING:
     from weightfs.config import Config
     from weightfs.control.ports import Document, Operations
+    from weightfs.core.cells import Cell
+
+MAX_FILES: Final = 64  # of a ref of which everything is shown
 
 
 @click.command(
     short_help="Show what is going on.",
     epilog=examples(
         "weightfs status",
+        "weightfs status ollama://aya:8b",
         "weightfs status --json | jq '.refs[] | {ref, present_bytes, trust}'",
+        "weightfs status --json ollama://aya:8b | jq '.refs[].chunks.files[].runs.present'",
     ),
 )
+@click.argument("refs", metavar="[REF]...", nargs=-1)
 @json_option
 @cache_options
 @click.pass_context
-def status(ctx: click.Context, /, as_json: bool, **_: object) -> int:
-    """Show the daemon, its models, and how far each is; of an idle cache, what it holds."""
+def status(ctx: click.Context, /, refs: tuple[str, ...], as_json: bool, **_: object) -> int:
+    """Show the daemon, its models, and how far each is; of an idle cache, what it holds.
+
+    Of a REF that is named: which of its chunks are here, in flight, quarantined or absent, drawn as one line per file.
+    """
     config = load_config(ctx)
+    names = [str(ref) for ref in parse_refs(refs)]
 
     async def work(operations: Operations, _: bool) -> Document:
-        return await operations.status()
+        document = await operations.status()
+        if names:
+            document["refs"] = [
+                {**ref, "chunks": await operations.chunk_map(ref["ref"])}
+                for ref in chosen(document["refs"], names)
+            ]
+        return document
 
     document = ask(ctx, config, "status", work)
     if as_json:
         click.echo(json.dumps(document, indent=2))
-    else:
+        return 0
+    if not names:
         for line in status_lines(document):
             click.echo(line)
+        return 0
+    from weightfs.cli import picturing
+
+    marks = picturing.choose_marks()
+    for ref in document["refs"]:
+        picturing.show(ref_lines(ref, picturing.terminal_width(), marks), marks)
     return 0
+
+
+def ref_lines(ref: Document, width: int, marks: dict[Cell, str]) -> list[str]:
+    """One ref: how far it is, what is wrong with its files, and its chunks."""
+    from weightfs.cli.picturing import chunk_lines
+    from weightfs.units import format_size
+
+    share = f"{_share(ref)} of {format_size(ref['size_bytes'])}"
+    fill = "" if ref["fill"] == "default" else f", fill: {ref['fill']}"
+    lines = [_name(ref), f"  {share}, {ref['trust']}, revision {printable(ref['revision'])}{fill}"]
+    lines += [f"  {printable(line)}" for file in ref["files"][:MAX_FILES] for line in _file_lines(file)]
+    return [*lines, *(f"  {line}" for line in chunk_lines(ref["chunks"], max(1, width - 2), marks)), ""]
 
 
 @click.command(
@@ -208,6 +243,8 @@ def status_lines(document: Document) -> list[str]:
     ):
         if count:
             lines.append(f"warning: {count} {text}")
+    if document["paused"]:
+        lines.append("paused: nothing is fetched that nobody waits for; `weightfs resume --all` ends that")
     if document["trouble"]:
         lines.append(f"trouble: {document['trouble']}")
     lines.append("")
@@ -257,7 +294,8 @@ def _file_lines(file: Document) -> list[str]:
 
 
 def _name(ref: Document) -> str:
-    return f"{ref['ref']} (pinned)" if ref.get("pinned") else str(ref["ref"])
+    marks = ", ".join(mark for mark in ("pinned", "paused") if ref.get(mark))
+    return f"{ref['ref']} ({marks})" if marks else str(ref["ref"])
 
 
 def _share(ref: Document) -> str:

@@ -91,7 +91,11 @@ def fill(ctx: click.Context, /, refs: tuple[str, ...], mode: str, as_json: bool,
         if mode == "all" and document["complete"]:
             return f"{told}, and there"
         if mode == "all":
-            told += "; its rest is being fetched" if mounted else "; a mount will fetch its rest, or `weightfs pull`"
+            told += (
+                "; its rest is being fetched"
+                if mounted
+                else "; a mount will fetch its rest, or `weightfs pull`"
+            )
         if mode == "all" and document["paused"]:
             told += f", once `weightfs resume {redact_url(document['ref'])}` lets it"
         return told
@@ -99,7 +103,9 @@ def fill(ctx: click.Context, /, refs: tuple[str, ...], mode: str, as_json: bool,
     return _mark(ctx, "fill", refs, do, line, as_json=as_json)
 
 
-def _pause(ctx: click.Context, refs: tuple[str, ...], *, everything: bool, paused: bool, as_json: bool) -> int:
+def _pause(
+    ctx: click.Context, refs: tuple[str, ...], *, everything: bool, paused: bool, as_json: bool
+) -> int:
     role = "pause" if paused else "resume"
     if bool(refs) == everything:
         raise click.UsageError(f"name the refs, or say --all, as in `weightfs {role} --all`", ctx)
@@ -138,7 +144,9 @@ def _pause_all(ctx: click.Context, role: str, *, paused: bool, as_json: bool) ->
     elif paused:
         click.echo("everything is paused; what readers and `weightfs pull` wait for is still fetched")
     elif still:
-        click.echo(f"resumed, but for {len(still)} refs that are paused by themselves; `weightfs ls -l` shows them")
+        click.echo(
+            f"resumed, but for {len(still)} refs that are paused by themselves; `weightfs ls -l` shows them"
+        )
     else:
         click.echo("resumed")
     return 0
@@ -167,7 +175,9 @@ def pause(ctx: click.Context, /, refs: tuple[str, ...], everything: bool, as_jso
     epilog=examples("weightfs resume --all", "weightfs resume ollama://aya:8b"),
 )
 @click.argument("refs", metavar="[REF]...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="End `pause --all`; REFs that were paused by name stay so.")
+@click.option(
+    "--all", "everything", is_flag=True, help="End `pause --all`; REFs that were paused by name stay so."
+)
 @json_option
 @cache_options
 @click.pass_context

@@ -199,7 +199,12 @@ def _content(schema: Schema) -> Schema:
 
 
 def _operation(
-    name: str, summary: str, answer: Schema, *, body: Schema | None = None, parameters: tuple[Schema, ...] = ()
+    name: str,
+    summary: str,
+    answer: Schema,
+    *,
+    body: Schema | None = None,
+    parameters: tuple[Schema, ...] = (),
 ) -> Schema:
     operation: Schema = {
         "operationId": name,

@@ -263,6 +263,16 @@ async def _in_time(ref: str, answer: Awaitable[T]) -> T:
     try:
         with trio.fail_after(ADD_BOUND):
             return await answer
+    except SourceError as error:
+        if ref in str(error):
+            raise
+        raise SourceError(
+            f"{ref}: {error}",
+            kind=error.kind,
+            mirror=error.mirror,
+            status=error.status,
+            retry_after=error.retry_after,
+        ) from error
     except trio.TooSlowError:
         raise SourceError(
             f"{ref}: the origin did not say within {ADD_BOUND:.0f} s what this is; try again later",

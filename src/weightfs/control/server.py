@@ -115,7 +115,9 @@ def make_app(operations: Operations) -> Starlette:
 
 
 async def _openapi(_: Operations, __: Request) -> Document:
-    from weightfs.control.openapi import describe  # it looks into the engine; a client of this module need not
+    from weightfs.control.openapi import (
+        describe,
+    )  # it looks into the engine; a client of this module need not
 
     return describe()
 

@@ -1,7 +1,7 @@
 """Runs of chunks, scaled to the cells of a line in a terminal. Pure.
 
-Rules: a cell is PRESENT only if every chunk of it is, and ABSENT only if none is; what is in flight or quarantined is seen
-however little of a cell it is. No line has more cells than there are chunks, so that a cell is never less than a chunk.
+Rules: a cell is PRESENT only if every chunk of it is, and ABSENT only if none is; what is in flight or quarantined is
+seen however little of a cell it is. No line has more cells than there are chunks: a cell is never less than one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Cell(enum.Enum):
 
 
 def cells(count: int, width: int, *, present: Runs, in_flight: Runs, quarantined: Runs) -> list[Cell]:
-    """`count` chunks in at most `width` cells; runs are within [0, count). Cell `i` of `n` begins at chunk `i·count//n`.
+    """`count` chunks in at most `width` cells; runs are within [0, count).
 
-    ValueError if there is no room for a cell.
+    Cell `i` of `n` begins at chunk `i·count // n`. ValueError if there is no room for a cell.
     """
     if width < 1:
         raise ValueError(f"a line has at least one cell, not {width}")

@@ -122,7 +122,9 @@ class Details:
         seen = [one for one in await self._look(manifest, fetch=fetch) if one.state is not HeaderState.NONE]
         return await trio.to_thread.run_sync(_map, manifest, seen, layers)
 
-    async def chunk_map(self, manifest: Manifest, in_flight: Mapping[BlobId, Sequence[ChunkSpan]]) -> dict[str, Any]:
+    async def chunk_map(
+        self, manifest: Manifest, in_flight: Mapping[BlobId, Sequence[ChunkSpan]]
+    ) -> dict[str, Any]:
         """Which chunks of its files are there: what `weightfs status REF --json` prints.
 
         `in_flight`: what is being fetched, by blob.

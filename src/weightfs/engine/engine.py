@@ -95,9 +95,7 @@ class Engine:
         self._sealer = Sealer(
             self._hasher, self._committer, self._holdings, lambda: self._planner.waiting() > 0
         )
-        self._keeper = Keeper(
-            self._catalog, self._planner, self._fetcher, self._holdings, settings, nursery
-        )
+        self._keeper = Keeper(self._catalog, self._planner, self._fetcher, self._holdings, settings, nursery)
         self._reader = Reader(cache, self._planner, self._fetcher, self._holdings, settings, nursery)
         self._headers = Headers(self._catalog, self._reader, nursery)
         self._details = Details(self._headers)

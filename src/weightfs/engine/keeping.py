@@ -1,4 +1,4 @@
-"""Which blobs are completed although nobody reads them: those of the mode `all`, and those of pinned refs; and which wait.
+"""Which blobs are completed although nobody reads them: those of the mode `all`, and those of pinned refs.
 
 Rules: what a pin or a mode has put in line stays there for as long as anybody else wants it: taking it back never stops
 what an open file, a `pull` or the policy `hold` waits for. What is paused keeps its place in line and gets nothing;

@@ -164,9 +164,7 @@ class Cache:
     ) -> bool:
         """Note what people want of a ref; None leaves a mark as it is. Whether the ref is known."""
         with self._changes:
-            return self._index.write(
-                lambda txn: refs.mark(txn, ref, pinned=pinned, paused=paused, fill=fill)
-            )
+            return self._index.write(lambda txn: refs.mark(txn, ref, pinned=pinned, paused=paused, fill=fill))
 
     def pause(self, *, paused: bool) -> None:
         """Note that nothing at all is to be fetched in the background, or that this is over."""

@@ -5,7 +5,8 @@ Tables, keys and values (`records.py` has the encodings; "sealed" is explained t
     meta   "format"           ASCII decimal; readable by every version of weightfs, past and future
            "state"            sealed JSON: epoch, clean, instance
            "paused"           empty; there while nothing is to be fetched in the background
-    ref    sha256(ref)        sealed JSON: ref, revision, tree, entries, added_at, previous revisions, pinned, paused, fill
+    ref    sha256(ref)        sealed JSON: ref, revision, tree, entries, added_at, previous revisions, pinned,
+                              paused, fill
     raw    sha256(ref)        sealed: what the ref's origin said, byte for byte (at most `records.MAX_RAW`)
     blob   id[16]             sealed JSON: size, chunk_length, sha256 or git_sha1, mirrors, policy, trust, list
     list   id[16]             sealed: 32 bytes per chunk of the published list

@@ -106,13 +106,18 @@ def put(txn: Txn, manifest: Manifest, *, in_use: Collection[BlobId], now: int) -
     return tuple(notes)
 
 
-def mark(txn: Txn, ref: str, **marks: bool | str | None) -> bool:
+def mark(txn: Txn, ref: str, *, pinned: bool | None, paused: bool | None, fill: str | None) -> bool:
     """See `Cache.mark_ref`."""
     record = _record(txn, ref)
     if record is None:
         return False
-    given = {name: value for name, value in marks.items() if value is not None}
-    txn.put_sealed("ref", ref_key(ref), encode_ref(replace(record, **given)))
+    marked = replace(
+        record,
+        pinned=record.pinned if pinned is None else pinned,
+        paused=record.paused if paused is None else paused,
+        fill=record.fill if fill is None else fill,
+    )
+    txn.put_sealed("ref", ref_key(ref), encode_ref(marked))
     return True
 
 
@@ -147,7 +152,14 @@ def _record(txn: Txn, ref: str) -> RefRecord | None:
 def _stored(txn: Txn, record: RefRecord, known: dict[BlobId, Blob]) -> StoredRef:
     blobs = [_entry_blob(txn, entry.blob, known) for entry in record.entries]
     raw = txn.get_sealed("raw", ref_key(record.ref)) or b""
-    return StoredRef(manifest_of(record, blobs, raw), record.added_at, record.previous, record.pinned, record.paused, record.fill)
+    return StoredRef(
+        manifest_of(record, blobs, raw),
+        record.added_at,
+        record.previous,
+        record.pinned,
+        record.paused,
+        record.fill,
+    )
 
 
 def _check(manifest: Manifest) -> None:
