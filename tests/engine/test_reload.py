@@ -139,7 +139,7 @@ async def test_an_old_source_is_closed_by_its_last_user() -> None:
 
         async def use() -> None:
             async with origins.using("https") as source:
-                assert cast(Recorded, source).settings is second
+                assert cast("Recorded", source).settings is second
                 await trio.lowlevel.checkpoint()
 
         nursery.start_soon(use)
