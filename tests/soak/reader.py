@@ -71,7 +71,9 @@ class Reader:
         try:
             wanted = min(self.chance.randrange(1, MOST), size - at)
             got = b""
-            while len(got) < wanted:  # pread(2) may give what came before an error, and the error the next time
+            while (
+                len(got) < wanted
+            ):  # pread(2) may give what came before an error, and the error the next time
                 more = os.pread(fd, wanted - len(got), at + len(got))
                 if not more:
                     raise WrongBytes(f"{path} ends at {at + len(got)}, and has {size} bytes")

@@ -45,6 +45,7 @@ RATE = "8m"  # bytes a second and connection
 READ_TIMEOUT = 120  # seconds; far beyond any outage here
 AFTER = 2.0  # seconds in which a reader may still meet an error that has passed
 MEASURES = 12  # of the second half
+WARM_SECONDS = 300  # a shorter run says nothing about growth: pools and caches are still being filled
 GROWTH, SLACK = 1.15, 12 * MIB  # of memory: the allocator's own, over some minutes
 SPARE = 8  # descriptors and threads that may be in use by chance: idle connections, trio's pool
 SCRIPT, READER = Path(__file__), Path(__file__).with_name("reader.py")
@@ -299,9 +300,9 @@ class Soak:
 
     def judge_growth(self) -> None:
         """The last third of the measures beside the first one."""
-        third = len(self.report.measures) // 3
-        if not third:
+        if self.seconds < WARM_SECONDS:
             return
+        third = len(self.report.measures) // 3
         first, last = self.report.measures[:third], self.report.measures[-third:]
         for what, factor, spare in (("rss", GROWTH, SLACK), ("descriptors", 1, SPARE), ("threads", 1, SPARE)):
             before, after = (statistics.median(getattr(one, what) for one in part) for part in (first, last))
@@ -322,8 +323,9 @@ class Soak:
                 self.daemon.kill()
                 self.daemon.start()
             began = time.monotonic()
-            for _ in range(MEASURES):
-                self.bad_weather(self.seconds / 2 / MEASURES, anywhere)
+            measures = MEASURES if self.seconds >= WARM_SECONDS else 1
+            for _ in range(measures):
+                self.bad_weather(self.seconds / 2 / measures, anywhere)
                 self.measure(began)
             self.judge_growth()
             self.end_readers()
