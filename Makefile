@@ -44,7 +44,7 @@ bench: ## Measure beside curl, aria2 and rclone into build/bench.{txt,json}. ROU
 
 soak: setup ## Half an hour of bad weather (MINUTES=30), then the model, property and crash tests for long.
 	$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) --report build/soak
-	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model tests/faults tests/systemd
+	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model tests/faults tests/systemd tests/control/test_openapi.py
 
 lock: setup ## Resolve the dependencies of pyproject.toml again into .lock/.
 	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 pyproject.toml -o .lock/run.txt

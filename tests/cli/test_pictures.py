@@ -95,9 +95,9 @@ def test_top_shows_the_busy_first_with_rate_time_left_and_faults() -> None:
         "  ! 1 chunks came damaged",
         "",
         "MODEL                        TRUST              SIZE  HERE                     RATE       LEFT  WAIT",
-        "https://h/b                  attested       100 MiB   50%  #####.....   10.0 MiB/s       5.0s     2",
+        "https://h/b                  attested        100 MiB   50%  #####.....   10.0 MiB/s       5.0s     2",
         "    ! 3 faults, 1 wrong chunks, 1.0 MiB/s, left alone for 4s: https://h/m?…",
-        "https://h/a                  attested       100 MiB   50%  #####.....            -          -     -",
+        "https://h/a                  attested        100 MiB   50%  #####.....            -          -     -",
     ]
 
 

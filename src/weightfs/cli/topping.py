@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,8 +105,8 @@ def top(ctx: click.Context, /, once: bool, interval: float, **_: object) -> int:
 
     try:
         ask(ctx, config, "top", work)
-    except Stopped:
-        if not live:
+    except Stopped as stopped:
+        if not live or stopped.signum != signal.SIGINT:
             raise
     return 0
 
