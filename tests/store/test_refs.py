@@ -213,6 +213,20 @@ def test_a_ref_stays_pinned_until_it_is_not(cache: Cache, root: Path) -> None:
     assert cache.refs()[0].pinned is False
 
 
+def test_the_marks_of_a_ref_are_kept_until_they_are_set_anew(cache: Cache, root: Path) -> None:
+    cache.put_ref(manifest_of(git_blob(b"x")), now=1)
+    cache.mark_ref(REF, paused=True)
+    cache.mark_ref(REF, fill="never")
+    cache.put_ref(manifest_of(git_blob(b"y"), revision="r2"), now=1)
+    (ref,) = cache.refs()
+    assert (ref.pinned, ref.paused, ref.fill) == (False, True, "never")
+    cache.mark_ref(REF, paused=False, fill="")
+    assert (cache.refs()[0].paused, cache.refs()[0].fill) == (False, "")
+    for paused in (True, True, False, False):
+        cache.pause(paused=paused)
+        assert cache.paused() is paused
+
+
 # ---- merging
 
 
