@@ -79,7 +79,11 @@ def ref_lines(ref: Document, width: int, marks: dict[Cell, str]) -> list[str]:
     fill = "" if ref["fill"] == "default" else f", fill: {ref['fill']}"
     lines = [_name(ref), f"  {share}, {ref['trust']}, revision {printable(ref['revision'])}{fill}"]
     lines += [f"  {printable(line)}" for file in ref["files"][:MAX_FILES] for line in _file_lines(file)]
-    return [*lines, *(f"  {line}".rstrip() for line in chunk_lines(ref["chunks"], max(1, width - 2), marks)), ""]
+    return [
+        *lines,
+        *(f"  {line}".rstrip() for line in chunk_lines(ref["chunks"], max(1, width - 2), marks)),
+        "",
+    ]
 
 
 @click.command(
