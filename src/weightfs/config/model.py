@@ -15,6 +15,7 @@ from weightfs.config.values import (
     Host,
     HostPath,
     HttpUrl,
+    LoopbackPort,
     ProxyUrl,
     RegistryHost,
     TrustedKey,
@@ -134,6 +135,8 @@ class Config(Section):
     hf_token_file: HostPath | None = None
     registry_auth_file: HostPath | None = None
     endpoint: tuple[EndpointRule, ...] = Field(default=(), max_length=64)
+    # being watched
+    metrics_listen: LoopbackPort | None = None
     # logging
     log_level: LogLevel | None = None  # a mount says more than a command
     log_json: bool = False

@@ -21,12 +21,14 @@ from weightfs.core.planner import Planner
 from weightfs.core.ref import without_secrets
 from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
+from weightfs.engine.tally import HostTally, Tally
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, ReadError
 
 log = logging.getLogger(__name__)
 
 REMOVED = Failure(FailureKind.CANCELLED, "the model was removed")
+_NOT_THE_MIRRORS = frozenset((FailureKind.WORKER, FailureKind.NO_SPACE, FailureKind.DISK))
 
 
 @dataclass(slots=True)
@@ -40,6 +42,8 @@ class _Running:
     state: BlobState
     fetch: Fetch
     life: int  # of the file that it writes into
+    host: HostTally
+    since: float
 
 
 class Fetcher:
@@ -55,8 +59,10 @@ class Fetcher:
         landed: Callable[[BlobState, int, bytes], None],
         mend: Callable[[BlobState, int], Awaitable[bool]],
         nursery: trio.Nursery,
+        tally: Tally,
     ) -> None:
         self._planner = planner
+        self._tally = tally
         self._pool = pool
         self._landed = landed
         self._mend_file = mend
@@ -144,7 +150,9 @@ class Fetcher:
     def _submit(self, fetch: plan.Fetch) -> None:
         state = self._blobs[fetch.blob]
         mirror = state.mirrors[fetch.mirror]
-        self._jobs[fetch.job] = _Running(state, fetch, state.life)
+        self._jobs[fetch.job] = _Running(
+            state, fetch, state.life, self._tally.host(mirror.url), trio.current_time()
+        )
         digests = "".join(state.expected(chunk).hex().rjust(64, wire.UNKNOWN) for chunk in fetch.span)
         self._pool.submit(
             wire.FetchJob(
@@ -183,8 +191,7 @@ class Fetcher:
             case wire.JobTrimmed(job, stop):
                 self.feed(plan.Trimmed(job, stop))
             case wire.JobDone(job):
-                self._jobs.pop(job, None)
-                self._ended.set()
+                self._over(job)
                 self.feed(plan.Done(job))
             case wire.JobFailed():
                 self._failed(message)
@@ -196,6 +203,7 @@ class Fetcher:
         state = running.state
         nbytes = len(state.shape.span_of(chunk))
         self.fetched_bytes += nbytes
+        running.host.nbytes += nbytes
         state.fetched_bytes += nbytes
         if running.life != state.life:
             return  # into a file that was lost; it is free again when the job has ended
@@ -209,6 +217,7 @@ class Fetcher:
             return
         state, fetch = running.state, running.fetch
         self.mismatches += 1
+        running.host.mismatches += 1
         mirror = without_secrets(state.mirrors[fetch.mirror].url)
         log.warning(
             "chunk %d of %s from mirror %s has SHA-256 %s where the chunk list says %s; discarded, asking elsewhere",
@@ -220,11 +229,19 @@ class Fetcher:
         )
         self.feed(plan.Mismatched(job, chunk, Failure(FailureKind.MISMATCH, text, mirror, None, chunk)))
 
-    def _failed(self, message: wire.JobFailed) -> None:
-        running = self._jobs.pop(message.job, None)
+    def _over(self, job: int) -> _Running | None:
+        running = self._jobs.pop(job, None)
         self._ended.set()
+        if running is not None:
+            self._tally.fetches.observe(trio.current_time() - running.since)
+        return running
+
+    def _failed(self, message: wire.JobFailed) -> None:
+        running = self._over(message.job)
         kind = FailureKind(message.kind)
         if running is not None and kind is not FailureKind.CANCELLED:
+            self._tally.fetch_failures[kind] += 1
+            running.host.failures += kind not in _NOT_THE_MIRRORS
             log.info("fetch of %s: %s (%s)", running.state.ref, message.text, kind)
         failure = Failure(kind, message.text, message.mirror, message.retry_after)
         closing = self._nursery.cancel_scope.cancel_called
@@ -263,7 +280,8 @@ class Fetcher:
         waiting = self._waiters[number] = _Waiting()
         self.feed(plan.Need(number, state.id, chunks))
         try:
-            await waiting.event.wait()
+            with self._tally.chunk_waits.timing():
+                await waiting.event.wait()
         finally:
             if self._waiters.pop(number, None):
                 self.feed(plan.Withdrawn(number))

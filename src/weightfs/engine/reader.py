@@ -20,6 +20,7 @@ from weightfs.engine.blobs import BlobState
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.holdings import Holdings, kind_of
 from weightfs.engine.settings import EngineSettings
+from weightfs.engine.tally import Tally
 from weightfs.errors import CacheError, FailureKind, ReadError
 from weightfs.store.cache import Cache
 
@@ -46,8 +47,10 @@ class Reader:
         holdings: Holdings,
         settings: EngineSettings,
         nursery: trio.Nursery,
+        tally: Tally,
     ) -> None:
         self._cache = cache
+        self._tally = tally
         self._planner = planner
         self._fetcher = fetcher
         self._holdings = holdings
@@ -73,7 +76,7 @@ class Reader:
                 observe(state, span, stalled=False)
                 return data
         limit = self._settings.read_timeout or float("inf")
-        with trio.move_on_after(limit):
+        with self._tally.read_waits.timing(), trio.move_on_after(limit):
             return await self._read_slowly(state, span, chunks, observe)
         text = f"chunk {chunks.start} of {state.ref} did not arrive within {limit:g} s (read-timeout)"
         raise ReadError(text, kind=FailureKind.TIMEOUT, ref=state.ref, chunk=chunks.start)

@@ -56,6 +56,7 @@ class WorkerPool:
         self._keep_fds = keep_fds
         self._slots = [_Slot(number) for number in range(max(1, settings.workers))]
         self._where: dict[int, _Slot] = {}
+        self.restarts = 0  # workers that ended before their time
         self._waiting: list[
             wire.FetchJob | wire.HashJob
         ] = []  # while no worker is up; bounded by the planner
@@ -64,6 +65,11 @@ class WorkerPool:
     def pids(self) -> tuple[int, ...]:
         """Process ids of the living workers; empty with `workers = 0`."""
         return tuple(slot.pid for slot in self._slots if slot.pid)
+
+    @property
+    def wanted(self) -> int:
+        """How many processes there should be."""
+        return self._settings.workers
 
     @property
     def jobs(self) -> int:
@@ -132,6 +138,7 @@ class WorkerPool:
                 slot.outgoing, slot.pid = None, 0
                 self._bury(slot)
             deaths = deaths + 1 if trio.current_time() - born < QUICK_DEATH_SECONDS else 1
+            self.restarts += 1
             log.warning("fetch worker %d ended; starting another", slot.number)
             await trio.sleep(RESTART_DELAYS[min(deaths - 1, len(RESTART_DELAYS) - 1)])
 
