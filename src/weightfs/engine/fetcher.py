@@ -24,6 +24,7 @@ from weightfs.engine.blobs import BlobState
 from weightfs.engine.tally import HostTally, Tally
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, ReadError
+from weightfs.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +178,12 @@ class Fetcher:
             return
         failure = command.failure
         what = f"chunk {failure.chunk} of {state.ref}" if failure.chunk >= 0 else state.ref
-        log.error("%s cannot be fetched for now: %s", what, failure.text)
+        log.error(
+            "%s cannot be fetched for now: %s", what, failure.text,
+            extra=about(
+                ref=state.ref, blob=state.id, chunk=failure.chunk, mirror=failure.mirror, failure=failure.kind
+            ),
+        )  # fmt: skip
         state.gave_up.set()
         state.notify()  # who waits for the trust of the whole (policy) is told as well
 
@@ -222,6 +228,9 @@ class Fetcher:
         log.warning(
             "chunk %d of %s from mirror %s has SHA-256 %s where the chunk list says %s; discarded, asking elsewhere",
             chunk, state.ref, mirror, actual, state.expected(chunk).hex(),
+            extra=about(
+                ref=state.ref, blob=state.id, chunk=chunk, mirror=mirror, failure=FailureKind.MISMATCH
+            ),
         )  # fmt: skip
         text = (
             f"chunk {chunk} of {state.ref} from mirror {mirror} does not match its chunk list; "
@@ -242,7 +251,13 @@ class Fetcher:
         if running is not None and kind is not FailureKind.CANCELLED:
             self._tally.fetch_failures[kind] += 1
             running.host.failures += kind not in _NOT_THE_MIRRORS
-            log.info("fetch of %s: %s (%s)", running.state.ref, message.text, kind)
+            state = running.state
+            log.info(
+                "fetch of %s: %s (%s)", state.ref, message.text, kind,
+                extra=about(
+                    ref=state.ref, blob=state.id, chunk=message.chunk, mirror=message.mirror, failure=kind
+                ),
+            )  # fmt: skip
         failure = Failure(kind, message.text, message.mirror, message.retry_after)
         closing = self._nursery.cancel_scope.cancel_called
         if running is not None and kind is FailureKind.DISK and not closing:

@@ -22,6 +22,7 @@ from weightfs.engine.holdings import Holdings, kind_of
 from weightfs.engine.settings import EngineSettings
 from weightfs.engine.tally import Tally
 from weightfs.errors import CacheError, FailureKind, ReadError
+from weightfs.logs import about
 from weightfs.store.cache import Cache
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,10 @@ class Reader:
                 if faults >= DISK_TRIES:
                     text = f"cannot read {state.ref} from the cache: {error}"
                     raise ReadError(text, kind=FailureKind.DISK, ref=state.ref) from error
-                log.warning("%s; fetching the chunks again", error)
+                log.warning(
+                    "%s; fetching the chunks again", error,
+                    extra=about(ref=state.ref, blob=state.id, chunk=chunks.start),
+                )  # fmt: skip
                 await self._holdings.drop_bad(state, list(chunks))
                 continue
             if state.generation == generation:
@@ -203,7 +207,10 @@ class Reader:
         if good:
             self._holdings.cleared(state, [chunk])
         else:
-            log.warning("chunk %d of %s did not survive the last stop; fetching it again", chunk, state.ref)
+            log.warning(
+                "chunk %d of %s did not survive the last stop; fetching it again", chunk, state.ref,
+                extra=about(ref=state.ref, blob=state.id, chunk=chunk),
+            )  # fmt: skip
             await self._holdings.drop_bad(state, [chunk])
 
     def _equals_record(self, state: BlobState, chunk: int) -> bool:

@@ -25,6 +25,7 @@ from weightfs.engine.causes import one_cause
 from weightfs.engine.settings import EngineSettings
 from weightfs.engine.worker import Worker
 from weightfs.errors import FailureKind
+from weightfs.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,12 @@ class WorkerPool:
         except (
             OSError
         ) as error:  # out of descriptors, processes or memory: it passes, or the log says why not
-            log.error("cannot start fetch worker %d: %s", slot.number, error.strerror)
+            log.error(
+                "cannot start fetch worker %d: %s",
+                slot.number,
+                error.strerror,
+                extra=about(errno=error.errno),
+            )
             return
         slot.pid = process.pid
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
