@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Half of Prometheus' own default for a scrape: whoever is later is told so by its absence.
 SCRAPE_SECONDS: Final = 5.0
+OPENMETRICS: Final = "application/openmetrics-text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class Scraper:
         self._one_at_a_time = trio.CapacityLimiter(1)
 
     async def scrape(self, accept: str) -> Exposition:
-        """Everything, in the format that the header Accept prefers: OpenMetrics, or Prometheus' text.
+        """Everything: OpenMetrics if the header Accept names it, else Prometheus' text.
 
         trio.TooSlowError after `SCRAPE_SECONDS`.
         """
@@ -83,13 +84,18 @@ class Scraper:
 
 def _expose(measures: Measures, mount: MountMeasures | None, accept: str) -> Exposition:
     from prometheus_client import CollectorRegistry, ProcessCollector
-    from prometheus_client.exposition import choose_encoder
+    from prometheus_client import exposition as text
+    from prometheus_client.openmetrics import exposition as openmetrics
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collected(measures, mount))
     ProcessCollector(registry=registry)
-    encode, content_type = choose_encoder(accept)
-    return Exposition(encode(registry), content_type)
+    # The library's own choice by Accept fails with a TypeError on some, and sends back a version that it was sent.
+    if any(kind.partition(";")[0].strip().lower() == OPENMETRICS for kind in accept.split(",")):
+        return Exposition(
+            openmetrics.generate_latest(registry), f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
+        )
+    return Exposition(text.generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8")
 
 
 class _Collected:
