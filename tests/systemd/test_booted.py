@@ -301,7 +301,7 @@ def test_a_wrong_setting_is_said_once(machine: Machine, origin: Nginx) -> None:
     assert machine.show("weightfs@lab.service", "ExecMainStatus") == "2"
     machine.run("systemctl", "reset-failed", "weightfs@lab.service")
     assert "unknown key 'fil'; the nearest known one is 'fill'" in machine.journal(
-        "-u", "weightfs@lab.service"
+        "-u", "weightfs@lab.service", "-p", "err"
     )
 
 

@@ -84,18 +84,15 @@ class Scraper:
 
 def _expose(measures: Measures, mount: MountMeasures | None, accept: str) -> Exposition:
     from prometheus_client import CollectorRegistry, ProcessCollector
-    from prometheus_client import exposition as text
-    from prometheus_client.openmetrics import exposition as openmetrics
+    from prometheus_client.exposition import choose_encoder
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collected(measures, mount))
     ProcessCollector(registry=registry)
-    # The library's own choice by Accept fails with a TypeError on some, and sends back a version that it was sent.
-    if any(kind.partition(";")[0].strip().lower() == OPENMETRICS for kind in accept.split(",")):
-        return Exposition(
-            openmetrics.generate_latest(registry), f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
-        )
-    return Exposition(text.generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8")
+    # The library does not see the header itself: it fails with a TypeError on some, and sends back what it was sent.
+    named = any(kind.partition(";")[0].strip().lower() == OPENMETRICS for kind in accept.split(","))
+    encode, content_type = choose_encoder(OPENMETRICS if named else "")
+    return Exposition(encode(registry), content_type)
 
 
 class _Collected:
