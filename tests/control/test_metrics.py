@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from trio.testing import MockClock
 
 from weightfs.control.address import socket_path
+from weightfs.control.listener import BoundedListener
 from weightfs.control.metrics import SCRAPE_SECONDS, MountMeasures, Scraper
 from weightfs.control.metrics_port import RETRY_SECONDS, serve_metrics
 from weightfs.control.server import serve
@@ -235,6 +236,29 @@ async def test_a_port_in_use_is_one_sentence_and_tried_again(
                 "or set another metrics-listen; it is tried again every 30 s"
             )
             other.close()
+            await trio.sleep(RETRY_SECONDS)
+            assert caplog.records[-1].getMessage() == f"metrics are at http://127.0.0.1:{port}/metrics"
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_listener_that_breaks_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    """An error of accept(2) comes in a group; it must not end the daemon, whose nursery it is."""
+    caplog.set_level(logging.INFO, logger="weightfs")
+
+    async def broken(listener: BoundedListener) -> trio.SocketStream:
+        await trio.lowlevel.checkpoint()
+        raise OSError(71, "Protocol error")
+
+    port = free_port()
+    with monkeypatch.context() as patch:
+        patch.setattr(BoundedListener, "accept", broken)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_metrics, Scraper(Measured(measures()), None), "127.0.0.1", port)
+            await trio.sleep(1)  # of the mock clock
+            assert f"127.0.0.1:{port}: Protocol error;" in caplog.records[-1].getMessage()
+            patch.undo()
             await trio.sleep(RETRY_SECONDS)
             assert caplog.records[-1].getMessage() == f"metrics are at http://127.0.0.1:{port}/metrics"
             nursery.cancel_scope.cancel()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weightfs.engine.measures import HostMeasures, Measures  # only types: a command has no engine
     from weightfs.engine.tally import HistogramMeasures
 
-# Half of Prometheus' own default for a scrape: whoever is later is told so by its absence.
+# Half of what Prometheus waits for by default, so that it hears why rather than nothing.
 SCRAPE_SECONDS: Final = 5.0
 OPENMETRICS: Final = "application/openmetrics-text"
 
@@ -202,7 +202,7 @@ def _fetching(measures: Measures) -> Iterator[Metric]:
 
 
 def _mirrors(hosts: Iterable[HostMeasures]) -> Iterator[Metric]:
-    """By host; of a host that never gave anything there is no series."""
+    """By host; of one that was never asked there is no series."""
     hosts = tuple(hosts)
     yield _counter(
         "weightfs_mirror_fetched_bytes",

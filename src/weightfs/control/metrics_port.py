@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 from weightfs.control.listener import BACKLOG, BoundedListener
 from weightfs.control.metrics import Scraper
 from weightfs.control.server import metrics_route, serve_connections
+from weightfs.errors import leaves
 
 # The instance before us may have the port until it has ended (TimeoutStopSec=30s), a stranger for longer.
 RETRY_SECONDS: Final = 30.0
@@ -47,13 +48,15 @@ async def serve_metrics(scraper: Scraper, host: str, port: int) -> None:
         try:
             with _bound(host, port) as sock:
                 log.info("metrics are at http://%s/metrics", _shown(host, port))
+                told = False
                 await serve_connections(app, BoundedListener(sock))
-        except OSError as error:
+        except* OSError as group:  # of the bind, or in a group of the nursery's
+            error = next(leaves(group))
             if not told:
                 log.error(
                     "metrics cannot be served at %s: %s; end who has the port, or set another metrics-listen; "
                     "it is tried again every %.0f s",
-                    _shown(host, port), error.strerror, RETRY_SECONDS,
+                    _shown(host, port), getattr(error, "strerror", error), RETRY_SECONDS,
                 )  # fmt: skip
             told = True
         await trio.sleep(RETRY_SECONDS)
