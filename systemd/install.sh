@@ -119,6 +119,9 @@ install_units() {
   for page in systemd configuration semantics troubleshooting; do
     place "docs/$page.md" "$DOCDIR/$page.md" 0644
   done
+  for page in README.md alerts.yaml dashboard.json; do
+    place "docs/monitoring/$page" "$DOCDIR/monitoring/$page" 0644
+  done
   # Settings are the operator's from the first moment on: `uninstall` compares before it removes them.
   if [ ! -e "$DESTDIR$CONFDIR/config.toml" ]; then
     place systemd/config.toml "$CONFDIR/config.toml" 0644

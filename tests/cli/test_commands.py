@@ -88,6 +88,15 @@ BAD = [
     (["pull", REF, "--log-file", "/no/such/log"], "log file /no/such/log cannot be written"),
     (["mount", "/mnt/x", "--fill", "some"], "--fill: must be 'never'"),
     (["mount", "/mnt/x", "--read-timeout", "0.1"], "--read-timeout: must be from"),
+    (
+        ["mount", "/mnt/x", "--metrics-listen", "0.0.0.0:9637"],
+        "is not on this machine's loopback, and metrics have",
+    ),
+    (["mount", "/mnt/x", "--metrics-listen", "[::]:9637"], "is not on this machine's loopback"),
+    (
+        ["mount", "/mnt/x", "--metrics-listen", "localhost:9637"],
+        "is not an address and a port, such as 127.0.0.1:",
+    ),
     (["mount", "/mnt/x", "ftp://h/m.gguf"], "ftp"),
     (["mount", "/mnt/x", "--detach", "ftp://h/m.gguf"], "ftp"),
     (["mount", "/mnt/x", "--chunks", "x.meta4"], "one ref"),

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightfs import logs
+from weightfs import journal, logs
+from weightfs.core.manifest import BlobId
+from weightfs.errors import DiskFault, FailureKind, NoSpaceError, ReadError, SourceError
 
 
 @pytest.fixture(autouse=True)
@@ -130,12 +133,13 @@ def test_set_up_replaces_itself_and_writes_to_a_file(
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_line_for_the_journal_has_a_priority_and_no_time(
+def test_a_line_that_the_journal_reads_from_stderr_has_a_priority_and_no_time(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
     stderr = os.fstat(2)
     monkeypatch.setattr("sys.stderr", open(2, "w", closefd=False))  # noqa: SIM115 - of the process, not pytest's
     monkeypatch.setenv("JOURNAL_STREAM", f"{stderr.st_dev}:{stderr.st_ino}")
+    monkeypatch.setattr(journal, "SOCKET", Path("/nobody/is/there"))
     logs.set_up("info", as_json=as_json)
     logging.getLogger("weightfs.engine").info("told")
     logging.getLogger("weightfs.engine").error("told")
@@ -154,3 +158,136 @@ def test_a_terminal_in_a_session_of_systemd_is_no_journal(
     logs.set_up("info")
     logging.getLogger("weightfs.engine").info("told")
     assert re.fullmatch(r"\d{4}-\S+Z INFO weightfs.engine: told\n", capsys.readouterr().err)
+
+
+# ---- the journal's own protocol
+
+REF = "https://models.example.com/m.gguf"
+BLOB = BlobId(bytes(16))
+
+
+class FakeJournal:
+    """A socket in the place of systemd's, and what came there."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(5)
+
+    def entry(self) -> dict[str, str]:
+        """The next one. Its form: one KEY=value a line."""
+        data = self._socket.recv(1 << 20).decode()
+        assert data.endswith("\n")
+        return dict(line.split("=", 1) for line in data.splitlines())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def to_journal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeJournal]:
+    stderr = os.fstat(2)
+    monkeypatch.setattr("sys.stderr", open(2, "w", closefd=False))  # noqa: SIM115 - of the process, not pytest's
+    monkeypatch.setenv("JOURNAL_STREAM", f"{stderr.st_dev}:{stderr.st_ino}")
+    monkeypatch.setattr(journal, "SOCKET", tmp_path / "socket")
+    fake = FakeJournal(tmp_path / "socket")
+    logs.set_up("info")
+    yield fake
+    fake.close()
+
+
+def test_an_entry_has_fields(to_journal: FakeJournal, capfd: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("weightfs.engine").warning(
+        "chunk %d of %s\nis\x1b[1m wrong", 7, REF + "?sig=hunter2",
+        extra=logs.about(
+            ref=REF + "?sig=hunter2", blob=BLOB, chunk=7, mirror="https://u:hunter2@h/m", failure=FailureKind.MISMATCH
+        ),
+    )  # fmt: skip
+    entry = to_journal.entry()
+    assert entry.pop("CODE_FILE") == __file__
+    assert int(entry.pop("CODE_LINE")) > 0
+    assert entry == {
+        "MESSAGE": f"chunk 7 of {REF}?…\\nis\\x1b[1m wrong",
+        "PRIORITY": "4",
+        "SYSLOG_IDENTIFIER": "weightfs",
+        "LOGGER": "weightfs.engine",
+        "CODE_FUNC": "test_an_entry_has_fields",
+        "WEIGHTFS_REF": f"{REF}?…",
+        "WEIGHTFS_BLOB": str(BLOB),
+        "WEIGHTFS_CHUNK": "7",
+        "WEIGHTFS_MIRROR": "https://h/m",
+        "WEIGHTFS_FAILURE": "mismatch",
+    }
+    assert capfd.readouterr().err == "", "it is not told twice"
+
+
+def _full() -> NoSpaceError:
+    try:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise NoSpaceError("the disk is full") from error
+    except NoSpaceError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "fields"),
+    [
+        (
+            ReadError("it failed", kind=FailureKind.TIMEOUT, ref=REF, chunk=0, mirror="https://h/m"),
+            {"ref": REF, "chunk": 0, "mirror": "https://h/m", "failure": "timeout"},
+        ),
+        (ReadError("it failed", kind=FailureKind.DISK), {"failure": "disk"}),
+        (
+            SourceError("it failed", kind=FailureKind.AUTH, mirror="https://h/m?token=hunter2"),
+            {"mirror": "https://h/m?…", "failure": "auth"},
+        ),
+        (DiskFault("it failed", blob="00ff"), {"blob": "00ff"}),
+        (OSError(5, "Input/output error"), {"errno": 5}),
+        (_full(), {"errno": 28}),
+        (ValueError("it failed"), {}),
+    ],
+)
+def test_an_error_says_itself_what_it_is_about(error: Exception, fields: dict[str, object]) -> None:
+    assert logs.subject_of(record("oh: %s", error)) == fields
+
+
+def test_what_the_caller_says_goes_before_what_the_error_says() -> None:
+    told = record("oh: %s", ReadError("it failed", kind=FailureKind.TIMEOUT, ref="inner", chunk=1))
+    told.__dict__.update(logs.about(ref="outer", errno=5))
+    assert logs.subject_of(told) == {"ref": "outer", "chunk": 1, "failure": "timeout", "errno": 5}
+    fields = json.loads(logs.JsonFormatter(with_time=True, tracebacks=False).format(told))
+    assert fields["ref"] == "outer"
+    assert fields["chunk"] == 1
+
+
+def test_an_entry_is_one_datagram_whatever_is_in_it(to_journal: FakeJournal) -> None:
+    nasty = "\U0001f600\nPRIORITY=0\0" * 10_000
+    logging.getLogger("weightfs.engine").error("%s", nasty, extra=logs.about(ref=nasty, mirror=nasty))
+    entry = to_journal.entry()
+    assert entry["PRIORITY"] == "3"
+    assert len(entry["MESSAGE"]) == logs.MAX_LINE
+    assert len(entry["WEIGHTFS_REF"]) == journal.MAX_VALUE
+
+
+def test_a_journal_that_does_not_read_blocks_nobody(
+    to_journal: FakeJournal, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2000):  # net.unix.max_dgram_qlen is 512 at most, as a rule
+        logging.getLogger("weightfs.engine").info(f"entry {number}")  # noqa: G004 - each its own for the rate limit
+    lines = capfd.readouterr().err.splitlines()
+    assert lines, "what did not fit went to stderr"
+    assert lines[-1] == "<6>INFO weightfs.engine: entry 1999"
+    assert to_journal.entry()["MESSAGE"] == "entry 0"
+
+
+def test_a_flood_of_one_error_does_not_hide_another() -> None:
+    now = 100.0
+    limit = logs.RateLimit(lambda: now)
+    assert sum(limit.filter(record("%s", OSError("one"))) for _ in range(100)) == logs.BURST
+    assert limit.filter(record("%s", OSError("another")))
+    now += logs.WINDOW
+    later = record("%s", OSError("one"))
+    assert limit.filter(later)
+    assert later.getMessage() == f"one ({100 - logs.BURST} more like this were left out)"

@@ -6,6 +6,7 @@ Each test finds the service running, and says so if it does not.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -208,12 +209,49 @@ def test_a_killed_daemon_comes_back(machine: Machine, read: Callable[[], None], 
     assert mounted(machine) == ["/mnt/models"], "the dead mount is gone"
     read()
     told = machine.journal("-u", SERVICE, "-p", "info", "_PID=" + machine.show(SERVICE, "MainPID"))
-    assert "INFO weightfs.app.daemon: /mnt/models serves the cache" in told, "its priority is taken off"
-    assert "INFO" not in machine.journal("-u", SERVICE, "-p", "warning")
+    assert "weightfs[" in told
+    assert ": /mnt/models serves the cache" in told
+    assert "serves the cache" not in machine.journal("-u", SERVICE, "-p", "warning")
     ollama = machine.show("ollama.service", "MainPID")
     assert machine.run("nsenter", "-t", ollama, "-m", "sha256sum", model).startswith(
         hashlib.sha256(MODEL).hexdigest()
     ), "a service that is shut in has the new mount too"
+
+
+def test_the_journal_has_fields(machine: Machine, origin: Nginx) -> None:
+    """Of a model that its origin loses before it is read, and of what has no subject."""
+    place = origin.root / "lost.gguf"
+    place.write_bytes(MODEL)
+    ref = origin.url("lost.gguf")
+    machine.run(WEIGHTFS, "add", "--cache", CACHE, ref, user=int(machine.run("id", "-u", "weightfs")))
+    place.unlink()
+    inside = f"/mnt/models/models/http/127.0.0.1:{origin.port}/lost.gguf"
+    assert "Input/output error" in machine.run(
+        "sh", "-c", f"dd if={inside} of=/dev/null bs=1 count=1 skip=1500000 2>&1 || true"
+    )
+    entries = [
+        json.loads(line)
+        for line in machine.run(
+            "journalctl", "-u", SERVICE, "-o", "json", "SYSLOG_IDENTIFIER=weightfs"
+        ).splitlines()
+    ]
+    given_up = [entry for entry in entries if "cannot be fetched for now" in entry["MESSAGE"]][-1]
+    assert given_up["WEIGHTFS_REF"] == ref
+    assert given_up["WEIGHTFS_MIRROR"] == ref
+    assert given_up["WEIGHTFS_FAILURE"] == "not_found"
+    assert len(given_up["WEIGHTFS_BLOB"]) == 32
+    assert given_up["PRIORITY"] == "3"
+    assert given_up["LOGGER"] == "weightfs.engine.fetcher"
+    assert given_up["CODE_FILE"].endswith("/weightfs/engine/fetcher.py")
+    assert given_up["_TRANSPORT"] == "journal"
+    failed = [entry for entry in entries if entry["MESSAGE"].startswith("A read of bytes")][-1]
+    assert failed["ERRNO"] == "5"
+    assert failed["WEIGHTFS_CHUNK"] == "1"
+    assert failed["WEIGHTFS_FAILURE"] == "not_found"
+    assert failed["WEIGHTFS_BLOB"] == given_up["WEIGHTFS_BLOB"]
+    assert "WEIGHTFS_REF" not in next(entry for entry in entries if "serves the cache" in entry["MESSAGE"])
+    assert ref in machine.journal("-u", SERVICE, f"WEIGHTFS_REF={ref}", "-p", "err")
+    machine.run(WEIGHTFS, "rm", "--cache", CACHE, ref, user=int(machine.run("id", "-u", "weightfs")))
 
 
 def test_a_stopped_daemon_is_noticed_and_comes_back(machine: Machine, read: Callable[[], None]) -> None:
@@ -263,7 +301,7 @@ def test_a_wrong_setting_is_said_once(machine: Machine, origin: Nginx) -> None:
     assert machine.show("weightfs@lab.service", "ExecMainStatus") == "2"
     machine.run("systemctl", "reset-failed", "weightfs@lab.service")
     assert "unknown key 'fil'; the nearest known one is 'fill'" in machine.journal(
-        "-u", "weightfs@lab.service"
+        "-u", "weightfs@lab.service", "-p", "err"
     )
 
 

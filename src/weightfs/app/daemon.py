@@ -22,7 +22,10 @@ from weightfs.app import notify, registry, standing
 from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
+from weightfs.app.measuring import mount_measures
 from weightfs.app.memory import give_back_buffers
+from weightfs.control.metrics import Scraper
+from weightfs.control.metrics_port import serve_metrics
 from weightfs.control.operations import ProcessInfo
 from weightfs.core.names import identity
 from weightfs.core.ref import Ref
@@ -37,6 +40,7 @@ from weightfs.logs import redact
 from weightfs.mount import mounttable
 from weightfs.mount.serve import Mounted, serve
 from weightfs.mount.session import MountOptions
+from weightfs.mount.stats import MountStats
 
 # How long "ready" may wait for the first answers about new refs; the mount serves all the while.
 FIRST_ANSWERS: Final = 30.0  # seconds
@@ -57,6 +61,7 @@ class MountOrder:
     refs: tuple[Ref, ...]
     engine: EngineSettings
     mount: MountOptions
+    metrics_listen: tuple[str, int] | None = None  # a loopback address and a port
 
 
 def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> int:
@@ -85,13 +90,19 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
 
 
 async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> None:
-    info = ProcessInfo("mount", order.cache, order.mountpoint, int(time.time()))
+    stats = MountStats()
+    info = ProcessInfo(
+        "mount", order.cache, order.mountpoint, int(time.time()), partial(mount_measures, stats)
+    )
     notify.notify("STATUS=opening the cache")
     async with (
         take_over(info, order.engine) as engine,
         trio.open_nursery() as nursery,
     ):
-        mounted = await nursery.start(_mount, order, engine, nursery.cancel_scope)
+        if order.metrics_listen is not None:
+            scraper = Scraper(engine, info.mount_measures)
+            nursery.start_soon(serve_metrics, scraper, *order.metrics_listen)
+        mounted = await nursery.start(_mount, order, engine, stats, nursery.cancel_scope)
         with registry.registered(mounted.path, order.cache):
             try:
                 await _greet(order, engine, mounted, nursery, on_ready)
@@ -104,11 +115,12 @@ async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -
 async def _mount(
     order: MountOrder,
     engine: Engine,
+    stats: MountStats,
     scope: trio.CancelScope,
     task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve, and end everything when somebody unmounts from outside."""
-    await serve(order.mountpoint, engine, LAYOUTS, order.mount, task_status=task_status)
+    await serve(order.mountpoint, engine, LAYOUTS, order.mount, stats=stats, task_status=task_status)
     log.info("%s was unmounted", order.mountpoint)
     scope.cancel()
 

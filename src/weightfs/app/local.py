@@ -18,6 +18,7 @@ import trio
 
 from weightfs.app.settings import with_header_origins
 from weightfs.control.client import find_daemon
+from weightfs.control.metrics import Scraper
 from weightfs.control.operations import EngineOperations, ProcessInfo
 from weightfs.control.ports import Operations
 from weightfs.engine.engine import Engine, open_engine
@@ -61,18 +62,20 @@ async def _open_operations(
     async with open_engine(cache, settings) as engine, trio.open_nursery() as nursery:
         operations = EngineOperations(engine, info, nursery)
         if serve_control:
-            await _start_control(nursery, operations, info.cache)
+            await _start_control(nursery, operations, Scraper(engine, info.mount_measures), info.cache)
         try:
             yield engine, operations
         finally:
             nursery.cancel_scope.cancel()
 
 
-async def _start_control(nursery: trio.Nursery, operations: EngineOperations, cache: Path) -> None:
+async def _start_control(
+    nursery: trio.Nursery, operations: EngineOperations, scraper: Scraper, cache: Path
+) -> None:
     from weightfs.control.server import serve
 
     try:
-        await nursery.start(serve, operations, cache)
+        await nursery.start(partial(serve, operations, cache, scraper=scraper))
     except DaemonError as error:
         # Readers do not need it: a file system without Unix sockets costs the status, not the models.
         log.warning("%s", error)

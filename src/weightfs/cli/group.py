@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
@@ -65,7 +65,7 @@ def report(error: BaseException, *, verbose: bool) -> int:
     elif code == 1 and text:
         text += "; run it again with -v for the traceback"
     if text:
-        say(text)
+        say(text, "ERROR")
     return code
 
 
@@ -91,11 +91,13 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     return code, text
 
 
-def say(text: str) -> None:
-    """One line on stderr, without secrets."""
-    from weightfs.logs import one_line, redact
+def say(text: str, level: Literal["WARNING", "ERROR"] = "WARNING") -> None:
+    """One line on stderr, without secrets; in a service's journal with its priority."""
+    from weightfs.journal import is_journal
+    from weightfs.logs import PRIORITIES, one_line, redact
 
-    click.echo(f"weightfs: {one_line(redact(text))}", err=True)
+    priority = PRIORITIES[level] if is_journal(sys.stderr) else ""
+    click.echo(f"{priority}weightfs: {one_line(redact(text))}", err=True)
 
 
 def _sentence(text: str) -> str:

@@ -60,6 +60,11 @@ DAEMON_END: Final = 20.0  # seconds
     default=None,
     help="Let the path of a model be enough to ask for it.  [default: no-browse]",
 )
+@click.option(
+    "--metrics-listen",
+    metavar="HOST:PORT",
+    help="Metrics for Prometheus on this loopback port.  [default: off]",
+)
 @click.option("-d", "--detach", is_flag=True, help="Run in the background; return when the mount serves.")
 @limit_options
 @fetch_options
@@ -88,6 +93,7 @@ def _told_by_the_log(_: Sequence[str]) -> None:
 def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str, ...]) -> MountOrder:
     from weightfs.app.daemon import MountOrder
     from weightfs.app.settings import check_chunks, engine_settings, fetch_settings, with_header_origins
+    from weightfs.config.values import split_loopback_port
     from weightfs.mount.session import MountOptions
 
     chunks = ctx.params["chunks"]
@@ -111,6 +117,7 @@ def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str,
             browse_ttl=config.browse_ttl,
             browse_timeout=config.browse_timeout,
         ),
+        metrics_listen=split_loopback_port(config.metrics_listen) if config.metrics_listen else None,
     )
 
 

@@ -16,6 +16,7 @@ from weightfs.config.values import (
     Host,
     HostPath,
     HttpUrl,
+    LoopbackPort,
     ProxyUrl,
     RegistryHost,
     TrustedKey,
@@ -144,6 +145,8 @@ class Config(Section):
     hf_token_file: HostPath | None = None
     registry_auth_file: HostPath | None = None
     endpoint: tuple[EndpointRule, ...] = Field(default=(), max_length=64)
+    # being watched
+    metrics_listen: LoopbackPort | None = None
     # logging
     log_level: LogLevel | None = None  # a mount says more than a command
     log_json: bool = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Final
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from weightfs.core.bandwidth import Timetable
 from weightfs.core.geometry import GIB, KIB
+from weightfs.core.hosts import MAX_PORT
 from weightfs.core.oci import DOCKER_HUB, DOCKER_HUB_ALIASES
 from weightfs.core.ref import canonical_url, without_secrets
 from weightfs.errors import RefError
@@ -193,6 +195,29 @@ def base_url(value: str) -> str:
         ) from None
 
 
+def _loopback_port(value: str) -> str:
+    split_loopback_port(value)
+    return value
+
+
+def split_loopback_port(value: str) -> tuple[str, int]:
+    """`127.0.0.1:9637` or `[::1]:9637` as an address and a port. ValueError."""
+    host, _, port = value.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+        number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else 0
+    except ValueError:
+        number = 0
+    if not 0 < number <= MAX_PORT or (address.version == 6) != host.startswith("["):
+        raise ValueError(f"{value!r} is not an address and a port, such as 127.0.0.1:9637 or [::1]:9637")
+    if not address.is_loopback:
+        raise ValueError(
+            f"{value!r} is not on this machine's loopback, and metrics have no password; "
+            "use 127.0.0.1, and let a proxy or tunnel of your own carry them further"
+        )
+    return str(address), number
+
+
 def _registry_host(value: str) -> str:
     host = value.lower()
     if not _REGISTRY_HOST.fullmatch(host):
@@ -244,6 +269,7 @@ def read_small(path: Path, what: str) -> str:
         raise ValueError(f"the {what} file {path} cannot be read: {error.strerror}") from None
 
 
+LoopbackPort = Annotated[str, AfterValidator(_loopback_port)]
 HeaderName = Annotated[str, AfterValidator(_header_name)]
 HeaderValue = Annotated[str, AfterValidator(check_header_value)]
 TrustedKey = Annotated[str, AfterValidator(_trusted_key)]

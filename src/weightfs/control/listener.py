@@ -63,24 +63,26 @@ def listening(path: Path) -> Iterator[trio.socket.SocketType]:
             path.unlink(missing_ok=True)
 
 
-class PeerCheckedListener(trio.abc.Listener[trio.SocketStream]):
-    """Accepts from root and from our own user, so many at a time; `open_streams` are those not yet closed."""
+class BoundedListener(trio.abc.Listener[trio.SocketStream]):
+    """Accepts so many at a time; `open_streams` are those not yet closed."""
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self._inner = trio.SocketListener(sock)
-        self._allowed = {0, os.geteuid()}
         self.open_streams: set[trio.SocketStream] = set()
+
+    def lets_in(self, stream: trio.SocketStream) -> bool:
+        """Whether this one may ask; if not, the log says why."""
+        del stream
+        if len(self.open_streams) < MAX_CONNECTIONS:
+            return True
+        log.warning("over %d connections to one socket of weightfs; one more was closed", MAX_CONNECTIONS)
+        return False
 
     async def accept(self) -> trio.SocketStream:
         """The next connection that is let in."""
         while True:
             stream = await self._inner.accept()
-            uid = peer_uid(stream.socket)
-            if uid not in self._allowed:
-                log.warning("a process of user %d tried the control socket and was refused", uid)
-            elif len(self.open_streams) >= MAX_CONNECTIONS:
-                log.warning("over %d connections to the control socket; one more was closed", MAX_CONNECTIONS)
-            else:
+            if self.lets_in(stream):
                 self.open_streams.add(stream)
                 return stream
             await trio.aclose_forcefully(stream)
@@ -94,3 +96,19 @@ class PeerCheckedListener(trio.abc.Listener[trio.SocketStream]):
         for stream in self.open_streams:
             with contextlib.suppress(OSError):
                 stream.socket.shutdown(socket.SHUT_RDWR)
+
+
+class PeerCheckedListener(BoundedListener):
+    """Accepts from root and from our own user."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        super().__init__(sock)
+        self._allowed = {0, os.geteuid()}
+
+    def lets_in(self, stream: trio.SocketStream) -> bool:
+        """Whether it is one of ours, and not one too many."""
+        uid = peer_uid(stream.socket)
+        if uid not in self._allowed:
+            log.warning("a process of user %d tried the control socket and was refused", uid)
+            return False
+        return super().lets_in(stream)

@@ -1,10 +1,13 @@
-"""`ports.Operations` on an engine in this process. The only file of control that knows the engine's names."""
+"""`ports.Operations` on an engine in this process.
+
+With `metrics`, the only file of control that knows the engine's names.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -14,6 +17,7 @@ import trio
 import weightfs
 from weightfs.control.documents import to_json
 from weightfs.control.jobs import Jobs
+from weightfs.control.metrics import MountMeasures
 from weightfs.control.ports import BlobStatusLike, Document, EngineLike, StoredRefLike
 from weightfs.core.manifest import Blob, BlobId, Trust
 from weightfs.core.names import identity
@@ -52,6 +56,7 @@ class ProcessInfo:
     cache: Path
     mountpoint: Path | None
     started_at: int  # seconds since the epoch
+    mount_measures: Callable[[], MountMeasures] | None = None  # what a mount counts, at the time of the call
 
 
 class EngineOperations:

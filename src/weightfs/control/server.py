@@ -30,7 +30,8 @@ from starlette.routing import Route
 
 from weightfs.control.address import socket_path
 from weightfs.control.documents import error_to_json
-from weightfs.control.listener import PeerCheckedListener, listening
+from weightfs.control.listener import BoundedListener, PeerCheckedListener, listening
+from weightfs.control.metrics import Scraper
 from weightfs.control.ports import Document, Operations
 from weightfs.errors import DaemonError, SourceError, UsageError, WeightfsError
 
@@ -38,6 +39,7 @@ MAX_BODY: Final = 64 * 1024
 # Hypercorn keeps a connection for so long even after its peer has gone; our own client closes after each answer.
 IDLE: Final = 1.0  # seconds
 MAX_REFS_IN_BODY: Final = 1000
+MAX_ACCEPT: Final = 1024  # characters; Prometheus sends about 300
 
 _NUMBER: Final = re.compile(r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,4})?", re.ASCII)
 
@@ -47,29 +49,43 @@ Handler = Callable[[Request], Awaitable[Any]]
 
 
 async def serve(
-    operations: Operations, cache: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    operations: Operations,
+    cache: Path,
+    *,
+    scraper: Scraper | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer on the cache's control socket until cancelled. DaemonError if the socket cannot be made."""
     with listening(socket_path(cache)) as sock:
         listener = PeerCheckedListener(sock)
-        handle = _connection_handler(operations, listener)
-        async with trio.open_nursery() as connections:
-            try:
-                task_status.started()
-                await trio.serve_listeners(handle, [listener], handler_nursery=connections)
-            finally:
-                listener.cut()
+        await serve_connections(make_app(operations, scraper), listener, task_status=task_status)
+
+
+async def serve_connections(
+    app: Starlette,
+    listener: BoundedListener,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer whoever `listener` lets in, until cancelled; then at once nobody any more."""
+    handle = _connection_handler(app, listener)
+    async with trio.open_nursery() as connections:
+        try:
+            task_status.started()
+            await trio.serve_listeners(handle, [listener], handler_nursery=connections)
+        finally:
+            listener.cut()
 
 
 def _connection_handler(
-    operations: Operations, listener: PeerCheckedListener
+    asgi: Starlette, listener: BoundedListener
 ) -> Callable[[trio.SocketStream], Awaitable[None]]:
     config = Config()
     config.accesslog = None
     config.errorlog = logging.getLogger("weightfs.control.http")
     config.include_server_header = False
     config.keep_alive_timeout = IDLE
-    app = ASGIWrapper(cast("ASGIFramework", make_app(operations)))
+    app = ASGIWrapper(cast("ASGIFramework", asgi))
     context = WorkerContext(None)
 
     async def handle(stream: trio.SocketStream) -> None:
@@ -77,7 +93,7 @@ def _connection_handler(
             # The annotation asks for an SSL stream; a plain one is what hypercorn itself passes for http.
             await TCPServer(app, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
         except Exception:
-            log.exception("a connection to the control socket failed")
+            log.exception("a connection to a socket of weightfs failed")
         finally:
             listener.open_streams.discard(stream)
             await trio.aclose_forcefully(stream)
@@ -85,7 +101,7 @@ def _connection_handler(
     return handle
 
 
-def make_app(operations: Operations) -> Starlette:
+def make_app(operations: Operations, scraper: Scraper | None = None) -> Starlette:
     """The ASGI application; docs/configuration.md describes the routes."""
     routes = [
         Route(path, _endpoint(partial(handler, operations)), methods=[method])
@@ -111,15 +127,32 @@ def make_app(operations: Operations) -> Starlette:
             ("DELETE", "/v1/jobs/{job}", _cancel),
         )
     ]
+    if scraper is not None:
+        routes.append(metrics_route(scraper))
     return Starlette(routes=routes, exception_handlers={404: _no_route, 405: _no_method})
 
 
 async def _openapi(_: Operations, __: Request) -> Document:
-    from weightfs.control.openapi import (
-        describe,
-    )  # it looks into the engine; a client of this module need not
+    # It looks into the engine; a client of this module need not.
+    from weightfs.control.openapi import describe
 
     return describe()
+
+
+def metrics_route(scraper: Scraper) -> Route:
+    """`GET /metrics`: docs/monitoring/README.md."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            found = await scraper.scrape(request.headers.get("accept", "")[:MAX_ACCEPT])
+        except trio.TooSlowError:
+            raise DaemonError(
+                "the metrics could not be put together in time; the daemon is very busy"
+            ) from None
+        # The header goes out as it is: Starlette would add a charset to the one that has it.
+        return Response(found.body, headers={"content-type": found.content_type})
+
+    return Route("/metrics", _endpoint(answer), methods=["GET"])
 
 
 async def _health(operations: Operations, _: Request) -> Document:

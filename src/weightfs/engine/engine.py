@@ -33,6 +33,7 @@ from weightfs.engine.hashing import Hasher
 from weightfs.engine.headers import Headers
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.keeping import Keeper
+from weightfs.engine.measures import Measures, measure
 from weightfs.engine.origins import Origins
 from weightfs.engine.reader import Reader
 from weightfs.engine.report import describe_jobs, describe_refs
@@ -49,6 +50,7 @@ from weightfs.engine.status import (
     VerifyProgress,
     VerifyReport,
 )
+from weightfs.engine.tally import Tally
 from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError, SourceError
@@ -77,6 +79,7 @@ class Engine:
         self._pinning = trio.Lock()
         self._left: set[BlobId] = set()  # blobs without a ref that somebody still reads
         self._planner = Planner(settings.limits)
+        self._tally = Tally()
         self._catalog = Catalog(cache, settings)
         self._holdings = Holdings(cache, self._planner, self._catalog.get, self._durable, nursery)
         self._pool = WorkerPool(settings, self._handle, keep_fds=(cache.lock_fd,))
@@ -87,6 +90,7 @@ class Engine:
             self._holdings.mend,
             nursery,
             settings,
+            self._tally,
         )
         self._committer = Committer(cache, settings, self._holdings.committed, self._holdings.lost)
         self._room = Room(cache, settings, self._catalog, self._planner, self._fetcher, self._holdings)
@@ -97,7 +101,9 @@ class Engine:
             self._hasher, self._committer, self._holdings, lambda: self._planner.waiting() > 0
         )
         self._keeper = Keeper(self._catalog, self._planner, self._fetcher, self._holdings, settings, nursery)
-        self._reader = Reader(cache, self._planner, self._fetcher, self._holdings, settings, nursery)
+        self._reader = Reader(
+            cache, self._planner, self._fetcher, self._holdings, settings, nursery, self._tally
+        )
         self._headers = Headers(self._catalog, self._reader, nursery)
         self._details = Details(self._headers)
         self._upkeep = Upkeep(
@@ -391,7 +397,11 @@ class Engine:
         state = self._catalog.get(id)
         if state is None:
             raise ReadError("the model was removed", kind=FailureKind.CANCELLED)
-        return await self._reader.read(state, span)
+        try:
+            return await self._reader.read(state, span)
+        except ReadError as error:
+            self._tally.read_failures[error.kind] += 1
+            raise
 
     def opened(self, id: BlobId) -> None:  # noqa: A002 - the contract's name
         """A handle was opened: fetch head and tail, and fill if the mode says so. Never waits, never fails."""
@@ -460,6 +470,13 @@ class Engine:
             refs=describe_refs(self._catalog, self._planner, now),
             jobs=describe_jobs(self._planner, now),
         )
+
+    async def measures(self) -> Measures:
+        """What is counted and measured, for machines. Readers have their turns meanwhile."""
+        return await measure(
+            self._catalog, self._planner, self._pool, self._fetcher, self._committer, self._holdings, self._room,
+            self._tally,
+        )  # fmt: skip
 
     async def probe(self) -> None:
         """Return when the index has answered a question, in one of the threads that reads use too. CacheError."""

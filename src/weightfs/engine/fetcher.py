@@ -23,12 +23,15 @@ from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.pacing import Pacing, pacer_of
 from weightfs.engine.settings import EngineSettings
+from weightfs.engine.tally import HostTally, Tally
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, ReadError
+from weightfs.logs import about
 
 log = logging.getLogger(__name__)
 
 REMOVED = Failure(FailureKind.CANCELLED, "the model was removed")
+_NOT_THE_MIRRORS = frozenset((FailureKind.WORKER, FailureKind.NO_SPACE, FailureKind.DISK))
 
 
 @dataclass(slots=True)
@@ -42,6 +45,8 @@ class _Running:
     state: BlobState
     fetch: Fetch
     life: int  # of the file that it writes into
+    host: HostTally
+    since: float
 
 
 class Fetcher:
@@ -58,8 +63,10 @@ class Fetcher:
         mend: Callable[[BlobState, int], Awaitable[bool]],
         nursery: trio.Nursery,
         settings: EngineSettings,
+        tally: Tally,
     ) -> None:
         self._planner = planner
+        self._tally = tally
         self._pool = pool
         self._landed = landed
         self._mend_file = mend
@@ -157,7 +164,9 @@ class Fetcher:
     def _submit(self, fetch: plan.Fetch) -> None:
         state = self._blobs[fetch.blob]
         mirror = state.mirrors[fetch.mirror]
-        self._jobs[fetch.job] = _Running(state, fetch, state.life)
+        self._jobs[fetch.job] = _Running(
+            state, fetch, state.life, self._tally.host(mirror.url), trio.current_time()
+        )
         digests = "".join(state.expected(chunk).hex().rjust(64, wire.UNKNOWN) for chunk in fetch.span)
         self._pool.submit(
             wire.FetchJob(
@@ -183,7 +192,12 @@ class Fetcher:
             return
         failure = command.failure
         what = f"chunk {failure.chunk} of {state.ref}" if failure.chunk >= 0 else state.ref
-        log.error("%s cannot be fetched for now: %s", what, failure.text)
+        log.error(
+            "%s cannot be fetched for now: %s", what, failure.text,
+            extra=about(
+                ref=state.ref, blob=state.id, chunk=failure.chunk, mirror=failure.mirror, failure=failure.kind
+            ),
+        )  # fmt: skip
         state.gave_up.set()
         state.notify()  # who waits for the trust of the whole (policy) is told as well
 
@@ -211,6 +225,7 @@ class Fetcher:
         state = running.state
         nbytes = len(state.shape.span_of(chunk))
         self.fetched_bytes += nbytes
+        running.host.nbytes += nbytes
         state.fetched_bytes += nbytes
         if running.life != state.life:
             return  # into a file that was lost; it is free again when the job has ended
@@ -224,10 +239,14 @@ class Fetcher:
             return
         state, fetch = running.state, running.fetch
         self.mismatches += 1
+        running.host.mismatches += 1
         mirror = without_secrets(state.mirrors[fetch.mirror].url)
         log.warning(
             "chunk %d of %s from mirror %s has SHA-256 %s where the chunk list says %s; discarded, asking elsewhere",
             chunk, state.ref, mirror, actual, state.expected(chunk).hex(),
+            extra=about(
+                ref=state.ref, blob=state.id, chunk=chunk, mirror=mirror, failure=FailureKind.MISMATCH
+            ),
         )  # fmt: skip
         text = (
             f"chunk {chunk} of {state.ref} from mirror {mirror} does not match its chunk list; "
@@ -238,13 +257,24 @@ class Fetcher:
     def _over(self, job: int) -> _Running | None:
         self._pacing.end(job)
         self._ended.set()
-        return self._jobs.pop(job, None)
+        running = self._jobs.pop(job, None)
+        if running is not None:
+            self._tally.fetches.observe(trio.current_time() - running.since)
+        return running
 
     def _failed(self, message: wire.JobFailed) -> None:
         running = self._over(message.job)
         kind = FailureKind(message.kind)
         if running is not None and kind is not FailureKind.CANCELLED:
-            log.info("fetch of %s: %s (%s)", running.state.ref, message.text, kind)
+            self._tally.fetch_failures[kind] += 1
+            running.host.failures += kind not in _NOT_THE_MIRRORS
+            state = running.state
+            log.info(
+                "fetch of %s: %s (%s)", state.ref, message.text, kind,
+                extra=about(
+                    ref=state.ref, blob=state.id, chunk=message.chunk, mirror=message.mirror, failure=kind
+                ),
+            )  # fmt: skip
         failure = Failure(kind, message.text, message.mirror, message.retry_after)
         closing = self._nursery.cancel_scope.cancel_called
         if running is not None and kind is FailureKind.DISK and not closing:
@@ -282,7 +312,8 @@ class Fetcher:
         waiting = self._waiters[number] = _Waiting()
         self.feed(plan.Need(number, state.id, chunks))
         try:
-            await waiting.event.wait()
+            with self._tally.chunk_waits.timing():
+                await waiting.event.wait()
         finally:
             if self._waiters.pop(number, None):
                 self.feed(plan.Withdrawn(number))

@@ -25,6 +25,7 @@ from weightfs.engine.committer import Batch, Committer
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.running import SAVABLE, RunningSha256
 from weightfs.errors import CacheError, DiskFault, FailureKind, IntegrityError, NoSpaceError, WeightfsError
+from weightfs.logs import about
 from weightfs.store.cache import Cache, ChunkState, Landing, RunState
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,9 @@ class Holdings:
             if state.file not in (None, file):
                 raise DiskFault(f"the cache file {state.path} was replaced")
         except DiskFault as error:
-            log.warning("%s; fetching all of %s again", error, state.ref)
+            log.warning(
+                "%s; fetching all of %s again", error, state.ref, extra=about(ref=state.ref, blob=state.id)
+            )
             await self._forget_file(state)
             file, required = await trio.to_thread.run_sync(self._make_file, state)
             self._new_life(state)
@@ -275,7 +278,10 @@ class Holdings:
             required, freed, file = await trio.to_thread.run_sync(self._punch_in_thread, owed)
         except CacheError as error:
             if self.pinned(state):
-                log.error("cannot drop %d chunks of %s: %s", len(owed.chunks), state.ref, error)
+                log.error(
+                    "cannot drop %d chunks of %s: %s", len(owed.chunks), state.ref, error,
+                    extra=about(ref=state.ref, blob=state.id),
+                )  # fmt: skip
                 self._fetcher.feed(plan.Undone(state.id, 0, failure_of(error)))
                 return False
             return True

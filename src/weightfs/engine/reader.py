@@ -20,7 +20,9 @@ from weightfs.engine.blobs import BlobState
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.holdings import Holdings, kind_of
 from weightfs.engine.settings import EngineSettings
+from weightfs.engine.tally import Tally
 from weightfs.errors import CacheError, FailureKind, ReadError
+from weightfs.logs import about
 from weightfs.store.cache import Cache
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,10 @@ class Reader:
         holdings: Holdings,
         settings: EngineSettings,
         nursery: trio.Nursery,
+        tally: Tally,
     ) -> None:
         self._cache = cache
+        self._tally = tally
         self._planner = planner
         self._fetcher = fetcher
         self._holdings = holdings
@@ -77,7 +81,7 @@ class Reader:
                 observe(state, span, stalled=False)
                 return data
         limit = self._settings.read_timeout or float("inf")
-        with trio.move_on_after(limit):
+        with self._tally.read_waits.timing(), trio.move_on_after(limit):
             return await self._read_slowly(state, span, chunks, observe)
         text = f"chunk {chunks.start} of {state.ref} did not arrive within {limit:g} s (read-timeout)"
         raise ReadError(text, kind=FailureKind.TIMEOUT, ref=state.ref, chunk=chunks.start)
@@ -100,7 +104,10 @@ class Reader:
                 if faults >= DISK_TRIES:
                     text = f"cannot read {state.ref} from the cache: {error}"
                     raise ReadError(text, kind=FailureKind.DISK, ref=state.ref) from error
-                log.warning("%s; fetching the chunks again", error)
+                log.warning(
+                    "%s; fetching the chunks again", error,
+                    extra=about(ref=state.ref, blob=state.id, chunk=chunks.start),
+                )  # fmt: skip
                 await self._holdings.drop_bad(state, list(chunks))
                 continue
             if state.generation == generation:
@@ -204,7 +211,10 @@ class Reader:
         if good:
             self._holdings.cleared(state, [chunk])
         else:
-            log.warning("chunk %d of %s did not survive the last stop; fetching it again", chunk, state.ref)
+            log.warning(
+                "chunk %d of %s did not survive the last stop; fetching it again", chunk, state.ref,
+                extra=about(ref=state.ref, blob=state.id, chunk=chunk),
+            )  # fmt: skip
             await self._holdings.drop_bad(state, [chunk])
 
     def _equals_record(self, state: BlobState, chunk: int) -> bool:

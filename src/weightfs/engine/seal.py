@@ -25,7 +25,8 @@ from weightfs.engine.committer import Committer
 from weightfs.engine.hashing import Hasher
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.running import SAVABLE
-from weightfs.errors import CacheError
+from weightfs.errors import CacheError, FailureKind
+from weightfs.logs import about
 from weightfs.store.cache import RunState
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Sealer:
                 await self._poked.wait()
 
     async def _failed(self, state: BlobState, error: CacheError) -> None:
-        log.error("%s", error)
+        log.error("%s", error, extra=about(ref=state.ref, blob=state.id))
         state.seal_error = error
         state.notify()
         await trio.sleep(RETRY_SECONDS)
@@ -144,6 +145,7 @@ class Sealer:
                 "chunk %d of %s: the disk returned other bytes than were received; fetching it again",
                 answer.bad[0],
                 state.ref,
+                extra=about(ref=state.ref, blob=state.id, chunk=answer.bad[0]),
             )
             await self._holdings.drop_bad(state, answer.bad)
         elif answer.stop == state.shape.chunk_count:
@@ -156,11 +158,12 @@ class Sealer:
             state.trust = Trust.VERIFIED
             # What the hash took before this process began may have been lost by the stop since.
             self._holdings.cleared(state, [chunk for chunk in state.suspect if chunk >= state.resumed])
-            log.info("%s is verified: %s", state.ref, digest)
+            log.info("%s is verified: %s", state.ref, digest, extra=about(ref=state.ref, blob=state.id))
         elif not state.doubted:
             log.warning(
-                "the %s of %s is not the promised one; looking for the chunk that is wrong", kind, state.ref
-            )
+                "the %s of %s is not the promised one; looking for the chunk that is wrong", kind, state.ref,
+                extra=about(ref=state.ref, blob=state.id),
+            )  # fmt: skip
             state.doubted = True
             state.run = self._holdings.restart_hash(state)
             return
@@ -170,6 +173,7 @@ class Sealer:
                 "%s is quarantined: its %s is %s where %s was promised, although every chunk is as it was "
                 "received: the origin gave wrong bytes. Remove it with `weightfs rm` and take it from another mirror",
                 state.ref, kind, answer.total, expected,
+                extra=about(ref=state.ref, blob=state.id, failure=FailureKind.MISMATCH),
             )  # fmt: skip
         self._committer.judged(state.id, state.trust)
         self._queue.pop(state.id.raw, None)

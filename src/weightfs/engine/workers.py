@@ -25,6 +25,7 @@ from weightfs.engine.causes import one_cause
 from weightfs.engine.settings import EngineSettings
 from weightfs.engine.worker import Worker
 from weightfs.errors import FailureKind
+from weightfs.logs import about
 from weightfs.sources.base import FetchSettings
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class WorkerPool:
         self._keep_fds = keep_fds
         self._slots = [_Slot(number) for number in range(max(1, settings.workers))]
         self._where: dict[int, _Slot] = {}
+        self.restarts = 0  # workers that ended before their time
         self._waiting: list[
             wire.FetchJob | wire.HashJob
         ] = []  # while no worker is up; bounded by the planner
@@ -65,6 +67,11 @@ class WorkerPool:
     def pids(self) -> tuple[int, ...]:
         """Process ids of the living workers; empty with `workers = 0`."""
         return tuple(slot.pid for slot in self._slots if slot.pid)
+
+    @property
+    def wanted(self) -> int:
+        """How many processes there should be."""
+        return self._settings.workers
 
     @property
     def jobs(self) -> int:
@@ -138,6 +145,7 @@ class WorkerPool:
                 slot.outgoing, slot.pid = None, 0
                 self._bury(slot)
             deaths = deaths + 1 if trio.current_time() - born < QUICK_DEATH_SECONDS else 1
+            self.restarts += 1
             log.warning("fetch worker %d ended; starting another", slot.number)
             await trio.sleep(RESTART_DELAYS[min(deaths - 1, len(RESTART_DELAYS) - 1)])
 
@@ -177,7 +185,12 @@ class WorkerPool:
         except (
             OSError
         ) as error:  # out of descriptors, processes or memory: it passes, or the log says why not
-            log.error("cannot start fetch worker %d: %s", slot.number, error.strerror)
+            log.error(
+                "cannot start fetch worker %d: %s",
+                slot.number,
+                error.strerror,
+                extra=about(errno=error.errno),
+            )
             return
         slot.pid = process.pid
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))

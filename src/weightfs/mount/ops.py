@@ -25,6 +25,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, In
 from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import Blob
 from weightfs.errors import ReadError
+from weightfs.logs import about
 from weightfs.mount.attributes import PAGE, Attributes, extended
 from weightfs.mount.browsing import Browser
 from weightfs.mount.errno import errno_of
@@ -345,10 +346,13 @@ class WeightOperations(pyfuse3.Operations):
             node.ino, span, errno_of(error), asked, now, waited=waited, whole=whole
         )
         where = f"bytes [{span.start}, {span.stop}) of blob {node.blob.id}"
+        subject = about(blob=node.blob.id, errno=sentence.errno)  # the rest is the error's to say
         if not isinstance(error, ReadError):
-            _log.error("A read of %s met an unforeseen error", where, exc_info=error)
+            _log.error("A read of %s met an unforeseen error", where, exc_info=error, extra=subject)
         elif sentence.news and not self._stopping.is_set():
-            _log.warning("A read of %s failed (%d in a row): %s", where, sentence.failures, error)
+            _log.warning(
+                "A read of %s failed (%d in a row): %s", where, sentence.failures, error, extra=subject
+            )
         return sentence
 
     async def _hold(self, until: float) -> None:
