@@ -66,6 +66,14 @@ class MountedEngine(Protocol):
         """A handle was released. Never waits, never fails."""
         ...
 
+    def read_nowait(self, id: BlobId, span: ByteSpan, /) -> bytes | None:  # noqa: A002 - the contract's name
+        """The same as `read`, if nothing has to be waited for; else None, and `read` is to be asked. Never fails."""
+        ...
+
+    def explain(self, id: BlobId, span: ByteSpan, /) -> object:  # noqa: A002 - the contract's name
+        """What a read of `span` waits for; its `str` is one line, without secrets. From memory."""
+        ...
+
     async def read(self, id: BlobId, span: ByteSpan, /) -> bytes:  # noqa: A002 - the contract's name
         """Exactly the bytes of `span` (inside the blob). ReadError; bounded by the engine's read timeout."""
         ...

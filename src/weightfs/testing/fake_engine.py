@@ -226,6 +226,15 @@ class FakeEngine:
             case _:
                 offer()
 
+    def read_nowait(self, id: BlobId, span: ByteSpan) -> bytes | None:  # noqa: A002 - the contract's name
+        """Nothing is there at once: every read may be told to wait."""
+        del id, span
+        return None
+
+    def explain(self, id: BlobId, span: ByteSpan) -> str:  # noqa: A002 - the contract's name
+        """The file's name, and how many reads wait."""
+        return f"{self._by_id[id].name} from byte {span.start} on, {self.waiting} readers wait"
+
     async def read(self, id: BlobId, span: ByteSpan) -> bytes:  # noqa: A002 - the contract's name
         """Wait, fail or give bytes, as the file is told to."""
         file = self._by_id[id]
