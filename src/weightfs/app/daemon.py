@@ -23,6 +23,7 @@ from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
 from weightfs.app.memory import give_back_buffers
+from weightfs.app.stuck import tell_stacks_on_signal
 from weightfs.control.operations import ProcessInfo
 from weightfs.core.names import identity
 from weightfs.core.ref import Ref
@@ -77,6 +78,7 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
             log.error("the mount at %s stays behind: %s", order.mountpoint, error)  # one line
 
     give_back_buffers()
+    tell_stacks_on_signal()
     try:
         trio.run(partial(run_until_signal, partial(_serve, order, on_ready), last_resort=detach_at_once))
     except BaseExceptionGroup as group:
@@ -88,10 +90,11 @@ async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -
     info = ProcessInfo("mount", order.cache, order.mountpoint, int(time.time()))
     notify.notify("STATUS=opening the cache")
     async with (
-        take_over(info, order.engine) as engine,
+        take_over(info, order.engine) as (engine, operations),
         trio.open_nursery() as nursery,
     ):
         mounted = await nursery.start(_mount, order, engine, nursery.cancel_scope)
+        operations.requests = mounted.stats.requests
         with registry.registered(mounted.path, order.cache):
             try:
                 await _greet(order, engine, mounted, nursery, on_ready)

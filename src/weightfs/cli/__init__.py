@@ -10,6 +10,7 @@ import weightfs
 from weightfs.cli.adding import add, pin, unpin, update
 from weightfs.cli.cleaning import gc
 from weightfs.cli.configuring import config
+from weightfs.cli.debugging import debug
 from weightfs.cli.doctoring import doctor
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
 from weightfs.cli.keeping import rm, verify
@@ -60,7 +61,7 @@ def cli() -> None:
 
 for command in (
     *(mount, umount, add, pull, update, pin, unpin),
-    *(status, ls, map_, verify, gc, rm, link, env, publish, doctor, config),
+    *(status, ls, map_, verify, gc, rm, link, env, publish, doctor, debug, config),
 ):
     cli.add_command(command)
 

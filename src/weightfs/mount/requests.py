@@ -120,6 +120,11 @@ class Requests:
     def __len__(self) -> int:
         return len(self._running)
 
+    @property
+    def left_behind(self) -> int:
+        """Works that have not ended, while their requests have been answered or have gone."""
+        return len(self.shelter.left_behind)
+
     def begin(self, op: str, args: tuple[object, ...]) -> Request:
         """The current task handles a request from now on, until `end`."""
         task = trio.lowlevel.current_task()

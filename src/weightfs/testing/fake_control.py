@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from weightfs.control.operations import EngineOperations, ProcessInfo
-from weightfs.core.geometry import BlobShape
+from weightfs.core.geometry import BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror, Trust
 from weightfs.core.ref import Ref, tree_of
 
@@ -186,6 +186,14 @@ class FakeControlEngine:
         self._fail()
         files = [{"path": "models/m", "problem": "https://u:p@h/m?token=1 is gone"}]
         return {"ref": ref_text, "by": "layer" if layers else "tensor", "files": files, "fetch": fetch}
+
+    def explain(self, blob_id: BlobId, span: ByteSpan) -> dict[str, Any]:
+        """The span comes back."""
+        return {"blob": str(blob_id), "start": span.start, "why": "https://u:p@h/m?token=1 is slow"}
+
+    def fetches(self) -> list[dict[str, Any]]:
+        """One."""
+        return [{"job": 1, "mirror": "https://u:p@h/m?token=1", "age": 2.5}]
 
     def status(self) -> dict[str, Any]:
         """A small part of the engine's."""
