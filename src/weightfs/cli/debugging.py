@@ -102,8 +102,9 @@ def stacks(ctx: click.Context, /, as_json: bool, **_: object) -> int:
 def bundle(ctx: click.Context, /, output: str | None, **_: object) -> int:
     """Write an archive for a bug report.
 
-    It has versions, settings, the doctor's report, status, what is in flight, stacks, and the end of the log. Tokens, passwords, header values and URL queries are taken out. What it has is names of models and files, URLs, and
-    paths of this machine: look into it before you pass it on. It is made also where no daemon runs, or none answers.
+    It has versions, settings, the doctor's report, status, what is in flight, stacks, and the end of the log. Tokens,
+    passwords, header values and URL queries are taken out. Left are names of models and files, URLs, and paths of this
+    machine: look into it before you pass it on. It is made also where no daemon runs, or none answers.
     """
     import trio
 
