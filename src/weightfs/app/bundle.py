@@ -8,6 +8,7 @@ is new, and its owner's alone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import json
@@ -28,10 +29,11 @@ from urllib.parse import unquote, urlsplit
 import trio
 
 import weightfs
+from weightfs.app.credentials import hub_token
 from weightfs.app.doctor.examine import Order, examine
 from weightfs.app.effective import effective
-from weightfs.app.settings import fetch_settings
 from weightfs.config import Config
+from weightfs.config.load import layers
 from weightfs.control.client import find_daemon
 from weightfs.control.ports import Document
 from weightfs.errors import ConfigError, DaemonError, UsageError, WeightfsError
@@ -66,7 +68,7 @@ async def collect(
         env: The environment.
     """
     bundle = Bundle()
-    secrets = secrets_of(config, env)
+    secrets = secrets_of(options, file, env)
     steps: dict[str, Callable[[], Awaitable[Any]]] = {
         "config.json": partial(_settings, options, file, env),
         "doctor.json": partial(_doctor, config, env),
@@ -117,25 +119,22 @@ def write(bundle: Bundle, path: Path, now: float) -> int:
 # --- secrets
 
 
-def secrets_of(config: Config, env: Mapping[str, str]) -> tuple[str, ...]:
-    """Every secret value that this configuration leads to, the longest first."""
-    found: set[str] = set()
-    try:
-        fetch = fetch_settings(config, chunks=None, env=env)
-    except ConfigError:  # one that cannot be had is in no text either; the others are asked for one by one
-        found.update(rule.value or "" for rule in config.header)
-        found.add(env.get("HF_TOKEN", ""))
-    else:
-        found.update(value for _, value in fetch.headers)
-        found.add(fetch.hf_token or "")
-    for value in [*found]:
-        found.update(value.split())  # `Bearer <token>`
-    for rule in config.header:
-        found.add(env.get(rule.value_env or "", ""))
-    for url in (
-        config.proxy or "",
-        *(value for name, value in env.items() if name.lower().endswith("_proxy")),
-    ):
+def secrets_of(options: Mapping[str, Any], file: Path | None, env: Mapping[str, str]) -> tuple[str, ...]:
+    """Every secret value that any layer of the configuration leads to, the longest first.
+
+    Also of what another layer replaces: a daemon may have been started without that one.
+    """
+    found: set[str] = {env.get("HF_TOKEN", "")}
+    urls = [value for name, value in env.items() if name.lower().endswith("_proxy")]
+    for _, layer in layers(options, file=file, env=env):
+        urls.append(layer.proxy or "")
+        for rule in layer.header:
+            # One that cannot be had now is in no text of this moment either.
+            with contextlib.suppress(ConfigError):
+                found.update(rule.resolve(env)[1].split())  # `Bearer <token>`
+        with contextlib.suppress(ConfigError):
+            found.add(hub_token(layer, env) or "")
+    for url in urls:
         found.update(_userinfo(url))
     return tuple(sorted((one for one in found if len(one) >= MIN_SECRET), key=len, reverse=True))
 

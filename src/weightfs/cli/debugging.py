@@ -200,7 +200,7 @@ def _request_line(one: Document) -> str:
     if one["pid"] is not None:
         parts.append(f"by process {one['pid']}")
     if one["held"]:
-        parts.append("its failing answer is held back for a moment")
+        parts.append("its failing answer is held back")
     if one["overdue"]:
         parts.append("overdue")
     return ", ".join(parts)
