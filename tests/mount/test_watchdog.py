@@ -240,6 +240,24 @@ async def test_works_that_hang_are_bounded_and_then_who_would_wait_fails_at_once
         engine.release.set()
 
 
+async def test_after_the_process_was_stopped_who_has_a_bound_of_his_own_goes_first(
+    mock_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with staged(FakeEngine()) as stage:
+        stage.engine.hold("stuck")
+        stage.nursery.start_soon(stage.read, "stuck")
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(BOUND + MARGIN + 1)  # as SIGSTOP and SIGCONT do it
+        await trio.testing.wait_all_tasks_blocked()
+        assert not told(caplog)
+        mock_clock.jump(LOOK_EVERY)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(told(caplog)) == 1
+        mock_clock.jump(2)
+        await trio.testing.wait_all_tasks_blocked()
+        assert stage.answers == [("stuck", errno.EIO)]
+
+
 async def test_a_slow_read_within_its_bound_is_left_alone(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -45,7 +45,11 @@ class Watchdog:
     async def run(self) -> None:
         """Look every few seconds, until cancelled."""
         while True:
-            await trio.sleep(LOOK_EVERY)
+            due = trio.current_time() + LOOK_EVERY
+            await trio.sleep_until(due)
+            if trio.current_time() > due + LOOK_EVERY:
+                # The process was stopped, or the loop busy: who has a bound of his own goes first.
+                await trio.sleep(LOOK_EVERY)
             self.look(trio.current_time())
 
     def look(self, now: float) -> None:
