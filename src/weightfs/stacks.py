@@ -113,7 +113,7 @@ def _grouped(named: Iterable[tuple[str, Frames]]) -> tuple[tuple[Stack, ...], in
         groups.setdefault(frames, []).append(name[:NAME_LENGTH])
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     told = tuple(
-        Stack(tuple(sorted(names)[:NAMES_AT_MOST]), len(names), frames)
+        Stack(tuple(sorted(set(names))[:NAMES_AT_MOST]), len(names), frames)
         for frames, names in ordered[:STACKS_AT_MOST]
     )
     return told, sum(len(names) for _, names in ordered[STACKS_AT_MOST:])
