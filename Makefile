@@ -21,8 +21,8 @@ demo: setup ## Load real models while they download: about three minutes, live.
 
 test: setup ## Run all the tests. ARGS='tests/core -k planner' runs some.
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -q tests/core --cov=weightfs.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
-	$(BIN)/python -m pytest -q --ignore=tests/core
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/core --cov=weightfs.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/core
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

@@ -9,6 +9,7 @@ import click
 import weightfs
 from weightfs.cli.adding import add, pin, unpin, update
 from weightfs.cli.cleaning import gc
+from weightfs.cli.completing import completion
 from weightfs.cli.configuring import config
 from weightfs.cli.debugging import debug
 from weightfs.cli.doctoring import doctor
@@ -61,7 +62,7 @@ def cli() -> None:
 
 for command in (
     *(mount, umount, add, pull, update, pin, unpin),
-    *(status, ls, map_, verify, gc, rm, link, env, publish, doctor, debug, config),
+    *(status, ls, map_, verify, gc, rm, link, env, publish, doctor, debug, config, completion),
 ):
     cli.add_command(command)
 

@@ -17,6 +17,7 @@ import trio
 
 from weightfs import __version__
 from weightfs.core import plan
+from weightfs.core.bandwidth import Pacer
 from weightfs.core.geometry import ByteSpan, ChunkSpan
 from weightfs.core.manifest import BlobId, Manifest, Policy
 from weightfs.core.planner import Planner
@@ -79,7 +80,12 @@ class Engine:
         self._holdings = Holdings(cache, self._planner, self._catalog.get, self._durable, nursery)
         self._pool = WorkerPool(settings, self._handle, keep_fds=(cache.lock_fd,))
         self._fetcher = Fetcher(
-            self._planner, self._pool, self._holdings.landed, self._holdings.mend, nursery
+            self._planner,
+            self._pool,
+            self._holdings.landed,
+            self._holdings.mend,
+            nursery,
+            Pacer(settings.bandwidth, dict(settings.host_bandwidth)),
         )
         self._committer = Committer(cache, settings, self._holdings.committed, self._holdings.lost)
         self._room = Room(cache, settings, self._catalog, self._planner, self._fetcher, self._holdings)
@@ -103,7 +109,10 @@ class Engine:
         self._catalog.load()  # before anybody reads: the loop has nothing else to do
         self._room.give_back_leftovers()
         await self._nursery.start(self._pool.run)
-        for task in (self._fetcher.keep_time, self._committer.run, self._sealer.run, self._room.run):
+        fetcher = self._fetcher
+        for task in (
+            fetcher.keep_time, fetcher.keep_pace, self._committer.run, self._sealer.run, self._room.run,
+        ):  # fmt: skip
             self._nursery.start_soon(task)
         for state in self._catalog.states():
             self._begin(state)
@@ -421,6 +430,8 @@ class Engine:
         problems = self._planner.check()
         if not self._planner.idle():
             problems.append(f"{self._fetcher.jobs} fetches in flight, {self._planner.waiting()} readers wait")
+        if self._fetcher.paced > self._fetcher.jobs:
+            problems.append(f"{self._fetcher.paced - self._fetcher.jobs} fetches are paced that have ended")
         if self._pool.jobs:
             problems.append(f"{self._pool.jobs} jobs of the workers are unanswered")
         for state in self._catalog.states():
