@@ -55,11 +55,17 @@ def test_a_pause_after_a_round_of_failures() -> None:
     made.need(A, 0, 1)
     made.fail(1, FailureKind.CONNECT, jitter=0.5)
     one = word(made, 0)
-    assert (one.state, one.waiters, one.why) == (ChunkState.PAUSED, 1, "after 1 rounds of tries")
+    assert (one.state, one.waiters, one.why) == (ChunkState.PAUSED, 1, "it is connect")
     assert one.rest is not None
     assert one.rest > 0
     made.sleep(one.rest)
     assert word(made, 0).state is ChunkState.FETCHING
+    (job,) = made.jobs
+    made.land(job)  # the trouble is over: a later pause has another reason
+    made.need(A, 5, 6)
+    made.done(job)
+    made.done(max(made.jobs))
+    assert (word(made, 5).state, word(made, 5).why) == (ChunkState.PAUSED, "")
 
 
 def test_a_pause_before_any_round_has_ended() -> None:

@@ -76,8 +76,8 @@ def _untaken(ledger: Ledger, blob: BlobPlan, chunk: int, waiters: int, now: floa
     if blob.ghosts or blob.draining:
         return ChunkWord(chunk, ChunkState.BLOCKED, waiters)
     if blob.retry_at > now:
-        why = f"after {blob.rounds} rounds of tries" if blob.rounds else ""
-        return ChunkWord(chunk, ChunkState.PAUSED, waiters, rest=blob.retry_at - now, why=why)
+        mirror, why = (blob.trouble.mirror, blob.trouble.text) if blob.trouble is not None else ("", "")
+        return ChunkWord(chunk, ChunkState.PAUSED, waiters, mirror=mirror, rest=blob.retry_at - now, why=why)
     if blob in ledger.room.short:
         return ChunkWord(chunk, ChunkState.NO_ROOM, waiters)
     why = f"{len(ledger.jobs)} of {ledger.limits.max_jobs} jobs run"
