@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import trio
-import trio.testing
 
 from weightfs.core.geometry import MIB, ByteSpan
 from weightfs.core.manifest import Policy
@@ -46,7 +45,8 @@ async def test_a_read_and_its_fetch_are_told_with_ref_mirror_chunks_and_age(
             assert engine.read_nowait(blob.id, span) is None
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.read, blob.id, span)
-                await trio.testing.wait_all_tasks_blocked()
+                while not engine.fetches():  # its file is made in a thread first
+                    await trio.sleep(0.001)
                 wait = told(engine.explain(blob.id, span), "fetching")
                 (fetch,) = engine.fetches()
                 assert (fetch.first_chunk, fetch.last_chunk, fetch.bytes_left) == (3, 4, 2 * MIB)
@@ -87,7 +87,8 @@ async def test_a_policy_that_lets_nobody_read_yet_is_what_stands_in_the_way(
             blob = (await engine.add(ref)).entries[0].blob
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.read, blob.id, ByteSpan(0, 1))
-                await trio.testing.wait_all_tasks_blocked()
+                while not engine.fetches():
+                    await trio.sleep(0.001)
                 wait = engine.explain(blob.id, ByteSpan(0, 1))
                 assert wait is not None
                 assert "policy hold lets nobody read it yet" in wait.obstacle

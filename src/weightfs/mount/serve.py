@@ -109,7 +109,8 @@ async def serve(
             await stats.requests.shelter.drained()  # the mount is gone; what it used may be closed next
 
 
-def _bounds(options: MountOptions) -> Bounds:
+def bounds_of(options: MountOptions) -> Bounds:
+    """When the watchdog takes a request for overdue."""
     return Bounds.of(
         read_timeout=options.read_timeout, browse_timeout=options.browse_timeout if options.browse else 0.0
     )
@@ -179,7 +180,7 @@ class _Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._loop)
             nursery.start_soon(self._trees.run)
-            nursery.start_soon(Watchdog(stats.requests, _bounds(self._options), self._engine.explain).run)
+            nursery.start_soon(Watchdog(stats.requests, bounds_of(self._options), self._engine.explain).run)
             try:
                 if not await mounted.probe() and not self._over.is_set():
                     self._failure = self._handover.failure or TimeoutError(
