@@ -303,6 +303,7 @@ async def test_a_lookup_that_hangs_gets_etimedout_and_names_who_asked(
         context: RequestContext = Caller()  # type: ignore[assignment]
         lookup = partial(stage.handlers.lookup, InodeT(ROOT), b"no such name", context)
         stage.nursery.start_soon(stage.ask, "lookup", lookup)
+        await trio.testing.wait_all_tasks_blocked()  # the first
         stage.nursery.start_soon(stage.ask, "opendir", partial(stage.handlers.opendir, InodeT(ROOT), context))
         await trio.sleep(METADATA - 1)
         first, second = stage.stats.requests.status(9)
