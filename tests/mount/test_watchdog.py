@@ -232,6 +232,11 @@ async def test_works_that_hang_are_bounded_and_then_who_would_wait_fails_at_once
             mock_clock.jump(20)
             await trio.testing.wait_all_tasks_blocked()
             assert stage.answers == [("stuck", errno.EIO), ("stuck", errno.EIO), ("well", errno.EIO)]
+            context: RequestContext = Caller()  # type: ignore[assignment]
+            assert await stage.handlers.opendir(InodeT(ROOT), context) == ROOT  # metadata goes on
+            with pytest.raises(FUSEError) as caught:
+                await stage.handlers.lookup(InodeT(ROOT), b"none", context)
+            assert caught.value.errno == errno.ENOENT
             engine.release.set()
             await stage.stats.requests.shelter.drained()
             await stage.read("well")

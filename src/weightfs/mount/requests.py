@@ -3,8 +3,8 @@
 Rules. Registering costs a read next to nothing: a small object, and its place in a dict; what people want to know is
 worked out when they ask. A task handles one request at a time. What may wait goes through `Shelter.run`, which runs it
 in a task of its own, so that the request can be answered although the work goes on: in a thread that hangs on a sick
-disk, which nobody can cancel. At most `LEFT_AT_MOST` such works are left behind; with so many, what would wait fails
-at once.
+disk, which nobody can cancel. Only reads get there; at most `LEFT_AT_MOST` are left behind, and with so many a read that
+would wait fails at once. Whatever else waits can be cancelled, and goes on as ever.
 """
 
 from __future__ import annotations
@@ -164,10 +164,8 @@ class Shelter:
 
     async def run(self, request: Request, work: Callable[[], Awaitable[T]]) -> T:
         """See `Requests.wait`."""
-        if len(self._left) >= LEFT_AT_MOST:
-            raise OverdueError(
-                f"{LEFT_AT_MOST} works of earlier requests hang: `weightfs debug stacks` shows where"
-            )
+        if request.op == "read" and len(self._left) >= LEFT_AT_MOST:
+            raise OverdueError(f"{LEFT_AT_MOST} earlier reads hang: `weightfs debug stacks` shows where")
         wait = request.wait = Wait(trio.current_time())
         name = f"{request.op} request {request.number}"
         wait.task = trio.lowlevel.spawn_system_task(self._work, wait, work, name=name)
