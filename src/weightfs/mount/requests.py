@@ -3,7 +3,7 @@
 Rules. Registering costs a read next to nothing: a small object, and its place in a dict; what people want to know is
 worked out when they ask. A task handles one request at a time. What may wait goes through `Shelter.run`, which runs it
 in a task of its own, so that the request can be answered although the work goes on: in a thread that hangs on a sick
-disk, which nobody can cancel. Only reads get there; at most `LEFT_AT_MOST` are left behind, and with so many a read that
+disk, which nobody can cancel. Only reads get there. At most `LEFT_AT_MOST` are left behind; with so many, a read that
 would wait fails at once. Whatever else waits can be cancelled, and goes on as ever.
 """
 
