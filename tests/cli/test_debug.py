@@ -22,7 +22,7 @@ from weightfs.app.daemon import MountOrder
 from weightfs.cli import cli
 from weightfs.cli.debugging import inflight_lines, stacks_lines
 from weightfs.core.overdue import MARGIN, METADATA, Bound
-from weightfs.errors import UsageError
+from weightfs.errors import DaemonError, UsageError
 from weightfs.mount.serve import bounds_of
 from weightfs.testing.daemon import Daemon, until
 from weightfs.testing.mounts import can_mount
@@ -137,7 +137,7 @@ def test_a_running_daemon_is_in_it_and_no_query_of_its_refs(tmp_path: Path) -> N
     with (
         Nginx(files) as nginx,
         Daemon(
-            tmp_path / "daemon", f"{nginx.url('m.gguf')}?sig={CANARY}", options=["--workers", "0"]
+            tmp_path / "daemon", f"{nginx.url('m.gguf')}?sig={CANARY}", options=["--workers", "1"]
         ) as daemon,
     ):
         daemon.begin()
@@ -156,7 +156,11 @@ def test_a_running_daemon_is_in_it_and_no_query_of_its_refs(tmp_path: Path) -> N
 
         daemon.signal(signal.SIGUSR2)
         until(lambda: "most recent call first" in daemon.log, "SIGUSR2 writes stacks to the log")
-        assert daemon.status()["role"] == "mount"  # and it lives
+        workers = daemon.status()["worker_pids"]  # it answers still
+        for number in workers:
+            os.kill(number, signal.SIGUSR2)
+        until(lambda: "engine/worker.py" in daemon.log, "a worker does the same")
+        assert daemon.status()["worker_pids"] == workers
         assert daemon.stop() == 0
 
 
@@ -208,6 +212,21 @@ def test_the_end_of_a_log_is_what_is_taken(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(app, "LOG_BYTES", 10)
     (tmp_path / "log").write_bytes(b"0123456789abcdefghij")
     assert app._end_of_log(tmp_path / "log", None) == "abcdefghij"
+
+
+def test_without_a_log_file_it_is_the_daemons_lines_in_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "journalctl"
+    program.write_text('#!/bin/sh\n[ "$1" = _PID=42 ] && echo "asked: $*"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert app._end_of_log(tmp_path / "none", 42).startswith("asked: _PID=42 -n ")
+    with pytest.raises(DaemonError, match="nothing of process 43"):
+        app._end_of_log(tmp_path / "none", 43)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(DaemonError, match="cannot be read"):
+        app._end_of_log(tmp_path / "none", 42)
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
 from weightfs.app.memory import give_back_buffers
-from weightfs.app.stuck import tell_stacks_on_signal
 from weightfs.control.operations import ProcessInfo
 from weightfs.core.names import identity
 from weightfs.core.ref import Ref
@@ -38,6 +37,7 @@ from weightfs.logs import redact
 from weightfs.mount import mounttable
 from weightfs.mount.serve import Mounted, serve
 from weightfs.mount.session import MountOptions
+from weightfs.stacks import tell_on_signal
 
 # How long "ready" may wait for the first answers about new refs; the mount serves all the while.
 FIRST_ANSWERS: Final = 30.0  # seconds
@@ -78,7 +78,7 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
             log.error("the mount at %s stays behind: %s", order.mountpoint, error)  # one line
 
     give_back_buffers()
-    tell_stacks_on_signal()
+    tell_on_signal()
     try:
         trio.run(partial(run_until_signal, partial(_serve, order, on_ready), last_resort=detach_at_once))
     except BaseExceptionGroup as group:

@@ -271,9 +271,7 @@ class WeightOperations(pyfuse3.Operations):
                 path = self._engine.backing(blob.id) if self._passthrough.on else None
                 if path is not None:
                     lend = functools.partial(self._passthrough.lend, path, blob.size)
-                    with contextlib.suppress(
-                        OverdueError
-                    ):  # then it is read through us: `open` does not fail
+                    with contextlib.suppress(OverdueError):  # then through us: `open` does not fail
                         held.backing = await self._requests.wait(lend)
                     self.stats.passed_files += held.backing is not None
             finally:
