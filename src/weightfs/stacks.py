@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePath
 from types import FrameType
 from typing import Final
@@ -116,6 +117,7 @@ def _told(stack: Iterable[tuple[FrameType, int]], *, innermost_first: bool = Fal
     return tuple(found[-FRAMES_AT_MOST:])
 
 
+@lru_cache(maxsize=1024)
 def _short(path: str) -> str:
     """The last parts of a path say which file it is."""
     return "/".join(PurePath(path).parts[-3:])
