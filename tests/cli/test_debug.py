@@ -271,7 +271,13 @@ def test_lines_of_what_is_in_flight() -> None:
         "mirror": "https://h/m",
     }
     lines = inflight_lines(
-        {"requests": [request, lookup], "requests_left_out": 3, "left_behind": 1, "fetches": [fetch]}
+        {
+            "requests": [request, lookup],
+            "requests_left_out": 3,
+            "left_behind": 1,
+            "overdue": 2,
+            "fetches": [fetch],
+        }
     )
     assert lines == [
         "5 requests of the kernel in flight, the oldest first",
@@ -284,12 +290,13 @@ def test_lines_of_what_is_in_flight() -> None:
         "12s  lookup (request 5, inode 9), name n, by process 12, its failing answer is held back, overdue",
         "... and 3 more",
         "1 works hang whose requests were answered long ago: weightfs debug stacks",
+        "2 were overdue since the start: the log has each with all that it waited for",
         "",
         "1 fetch in flight",
         " AGE  CHUNKS     LEFT  FOR     MIRROR",
         "2.0s  3-4     1.0 MiB  demand  https://h/m",
     ]
-    empty = {"requests": [], "requests_left_out": 0, "left_behind": 0, "fetches": []}
+    empty = {"requests": [], "requests_left_out": 0, "left_behind": 0, "overdue": 0, "fetches": []}
     assert inflight_lines(empty) == ["0 requests of the kernel in flight", "", "0 fetches in flight"]
 
 

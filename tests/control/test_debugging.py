@@ -53,7 +53,7 @@ async def test_requests_with_what_they_wait_for_and_fetches(tmp_path: Path) -> N
     assert (lookup["name"], lookup["wait"], lookup["offset"]) == ("a name", None, None)
     assert read["age"] >= read["waits"] >= 0
     assert document["fetches"] == [{"job": 1, "mirror": "https://h/m?…", "age": 2.5}]
-    assert (document["requests_left_out"], document["left_behind"]) == (0, 0)
+    assert (document["requests_left_out"], document["left_behind"], document["overdue"]) == (0, 0, 0)
 
 
 async def test_two_thousand_requests_are_told_in_part_and_counted() -> None:

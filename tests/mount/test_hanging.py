@@ -94,7 +94,9 @@ def test_it_is_seen_and_answered_and_the_next_read_is_right(tmp_path: Path, kind
         (flags / "overdue").touch()
         assert json.loads(daemon.finish(reader)) == errno.EIO
         (flags / "overdue").unlink()
-        assert (inflight(daemon)["left_behind"] > 0) == (kind == "thread")
+        seen_now = inflight(daemon)
+        assert (seen_now["left_behind"] > 0) == (kind == "thread")
+        assert seen_now["overdue"] > 0
         overdue = [line for line in daemon.log.splitlines() if "A read is overdue" in line]
         assert overdue, daemon.log
         for words in (

@@ -333,6 +333,7 @@ async def test_many_that_hang_for_one_reason_are_told_in_few_lines(
         assert len(told(caplog)) == TELL_AT_MOST + 1
         assert f"{50 - TELL_AT_MOST} more requests" in told(caplog)[-1]
         assert stage.answers == [("stuck", errno.EIO)] * 50
+        assert stage.stats.requests.overdue == 50
 
 
 async def test_a_state_that_cannot_be_told_does_not_keep_the_answer(

@@ -173,6 +173,10 @@ def inflight_lines(document: Document) -> list[str]:
         lines.append(
             f"{document['left_behind']} works hang whose requests were answered long ago: weightfs debug stacks"
         )
+    if document["overdue"]:
+        lines.append(
+            f"{document['overdue']} were overdue since the start: the log has each with all that it waited for"
+        )
     lines += ["", f"{len(fetches)} fetch{'' if len(fetches) == 1 else 'es'} in flight"]
     rows = [
         (

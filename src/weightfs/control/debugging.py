@@ -37,6 +37,11 @@ class RequestsLike(Protocol):
     def __len__(self) -> int: ...
 
     @property
+    def overdue(self) -> int:
+        """How many were, since the start."""
+        ...
+
+    @property
     def left_behind(self) -> int:
         """Works that hang, whose requests have been answered."""
         ...
@@ -66,6 +71,7 @@ def inflight_document(engine: ExplainingEngine, requests: RequestsLike | None) -
         "requests": [_request(engine, request) for request in told],
         "requests_left_out": max(0, total - len(told)),
         "left_behind": 0 if requests is None else requests.left_behind,
+        "overdue": 0 if requests is None else requests.overdue,
         "fetches": to_json(list(engine.fetches())),
     }
 

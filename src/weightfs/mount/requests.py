@@ -112,6 +112,7 @@ class Requests:
     def __init__(self) -> None:
         self._running: dict[trio.lowlevel.Task, Request] = {}
         self._next = 0
+        self.overdue = 0  # since the start: what the watchdog told of
         self.shelter = Shelter()
 
     def __iter__(self) -> Iterator[Request]:

@@ -61,6 +61,7 @@ class Watchdog:
             _log.error(
                 "%d more requests are overdue; see `weightfs debug inflight`", len(news) - TELL_AT_MOST
             )
+        self._requests.overdue += len(news)
         for request in news:
             request.told = True
             if request.wait is not None and self._bounds.of_request(request.op).answered:
