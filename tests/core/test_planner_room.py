@@ -186,3 +186,20 @@ def test_a_fill_that_is_asked_for_again_asks_for_room_again() -> None:
     run_all(made)
     made.fill(A)  # a reader waits for room already: nothing new
     assert asked(made) == [*[(A, Priority.FILL)] * 2, (A, Priority.DEMAND)]
+
+
+def test_room_that_is_given_back_while_its_chunk_is_fetched_again_still_counts() -> None:
+    """Who lands there needs it: it stays held, as the job's."""
+    made = driver()
+    made.need(A, 0, 1)
+    run_all(made)
+    made.drop(A, [0])
+    made.punch(A)
+    made.need(A, 0, 1)
+    assert made.planner.held_bytes == MIB
+    made.punch(A, freed=True)
+    assert made.planner.held_bytes == MIB
+    assert made.planner.reserved_bytes == MIB
+    assert not made.planner.check()
+    run_all(made)
+    assert made.planner.held_bytes == MIB
