@@ -9,7 +9,6 @@ import os
 import signal
 import stat
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,7 @@ from weightfs.app.bundle import Bundle, scrubbed, secrets_of
 from weightfs.app.daemon import MountOrder
 from weightfs.cli import cli
 from weightfs.cli.debugging import inflight_lines, stacks_lines
-from weightfs.core.overdue import MARGIN, METADATA, Bound
 from weightfs.errors import DaemonError, UsageError
-from weightfs.mount.serve import bounds_of
 from weightfs.testing.daemon import Daemon, until
 from weightfs.testing.mounts import can_mount
 from weightfs.testing.nginx import Nginx
@@ -330,8 +327,5 @@ def test_the_three_bounds_go_from_the_command_line_to_who_keeps_them(
     options = ["--read-timeout", "70s", "--connect-timeout", "3s", "--stall-timeout", "4s"]
     assert invoke(tmp_path, "mount", str(tmp_path / "mnt"), *options).exit_code == 0
     (order,) = orders
-    assert (order.engine.read_timeout, order.mount.read_timeout) == (70, 70)
+    assert order.engine.read_timeout == 70
     assert (order.engine.fetch.connect_timeout, order.engine.fetch.stall_timeout) == (3, 4)
-    assert bounds_of(order.mount).read == Bound(70 + MARGIN)
-    assert bounds_of(replace(order.mount, browse_timeout=600.0)).lookup == Bound(METADATA)
-    assert bounds_of(replace(order.mount, browse=True, browse_timeout=600.0)).lookup == Bound(600 + MARGIN)

@@ -39,7 +39,7 @@ def read_nowait(self, blob, span):
     return None if exists("hang") else honest_nowait(self, blob, span)
 Engine.read, Engine.read_nowait = read, read_nowait
 watchdog.LOOK_EVERY = 0.05
-watchdog.Watchdog._is_overdue = lambda self, one, now: one.wait is not None and one.op == "read" and exists("overdue")
+watchdog._is_overdue = lambda one, _bound, _now: one.wait is not None and one.op == "read" and exists("overdue")
 """
 READ = """
 direct = os.open(path, os.O_RDONLY | os.O_DIRECT)  # one request: the kernel does not ask again by itself

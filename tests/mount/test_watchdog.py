@@ -15,13 +15,15 @@ from pyfuse3 import FileHandleT, FUSEError, InodeT, RequestContext
 
 from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import BlobId
-from weightfs.core.overdue import FOREVER, MARGIN, METADATA, Bounds
+from weightfs.core.overdue import FOREVER, MARGIN, METADATA, Bound
 from weightfs.errors import FailureKind, ReadError
 from weightfs.layouts.models import ModelsLayout
 from weightfs.mount import requests, watchdog
 from weightfs.mount.inodes import ROOT
 from weightfs.mount.ops import WeightOperations
 from weightfs.mount.requests import OverdueError
+from weightfs.mount.serve import bounds_of
+from weightfs.mount.session import MountOptions
 from weightfs.mount.stats import MountStats
 from weightfs.mount.trees import Trees
 from weightfs.mount.watchdog import LOOK_EVERY, TELL_AT_MOST, Watchdog
@@ -85,7 +87,8 @@ class Stage:
             settled=settled,  # type: ignore[arg-type]
         )
         self.answers: list[tuple[str, object]] = []
-        bounds = Bounds.of(read_timeout=read_timeout)
+        engine.read_timeout = read_timeout
+        bounds = partial(bounds_of, engine, MountOptions())
         self.dog = Watchdog(self.stats.requests, bounds, engine.explain)
         nursery.start_soon(self.dog.run)
 
@@ -261,6 +264,31 @@ async def test_after_the_process_was_stopped_who_has_a_bound_of_his_own_goes_fir
         mock_clock.jump(2)
         await trio.testing.wait_all_tasks_blocked()
         assert stage.answers == [("stuck", errno.EIO)]
+
+
+async def test_another_read_timeout_holds_for_reads_that_begin_from_now_on(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with staged(FakeEngine()) as stage:
+        stage.engine.hold("stuck")
+        stage.nursery.start_soon(stage.read, "stuck")
+        await trio.sleep(2 * LOOK_EVERY)
+        stage.engine.read_timeout = 10 * BOUND
+        stage.nursery.start_soon(stage.read, "stuck")
+        await trio.sleep(BOUND + MARGIN)
+        assert stage.answers == [("stuck", errno.EIO)]
+        await trio.sleep(9 * BOUND)
+        assert len(told(caplog)) == 1
+        await trio.sleep(BOUND)
+        assert stage.answers == [("stuck", errno.EIO)] * 2
+
+
+def test_a_lookup_may_ask_its_origin_for_as_long_as_was_configured() -> None:
+    engine = FakeEngine()
+    browsing = MountOptions(browse=True, browse_timeout=600.0)
+    assert bounds_of(engine, browsing).lookup == Bound(600 + MARGIN)
+    assert bounds_of(engine, MountOptions(browse_timeout=600.0)).lookup == Bound(METADATA)
+    assert bounds_of(engine, browsing).read == Bound(engine.read_timeout + MARGIN)
 
 
 async def test_a_slow_read_within_its_bound_is_left_alone(

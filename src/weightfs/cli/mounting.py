@@ -110,7 +110,6 @@ def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str,
             browse=config.browse,
             browse_ttl=config.browse_ttl,
             browse_timeout=config.browse_timeout,
-            read_timeout=config.read_timeout,
         ),
     )
 

@@ -327,6 +327,11 @@ class Engine:
 
     # ---- what the mount asks
 
+    @property
+    def read_timeout(self) -> float:
+        """The bound of reads that begin now, in seconds; 0: there is none."""
+        return self.settings.read_timeout
+
     def blob_status(self, id: BlobId) -> BlobStatus:  # noqa: A002 - the contract's name
         """The state of a blob. KeyError if there is none."""
         return self._catalog.state(id).status()

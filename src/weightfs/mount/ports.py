@@ -46,6 +46,9 @@ class MountedEngine(Protocol):
 
     on_change: Callable[[], None]  # called when `manifests()` changed
 
+    @property
+    def read_timeout(self) -> float: ...  # noqa: D102 - seconds that a read waits at most, 0: for ever; it may change
+
     def blob_status(self, id: BlobId, /) -> Status:  # noqa: A002 - the contract's name
         """The state of a blob. KeyError if there is none."""
         ...

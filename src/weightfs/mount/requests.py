@@ -18,6 +18,7 @@ import trio
 
 from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import BlobId
+from weightfs.core.overdue import Bound
 
 T = TypeVar("T")
 
@@ -60,6 +61,7 @@ class Request:
     span: ByteSpan | None = None
     wait: Wait | None = None
     held: bool = False  # its answer is: see `penance`
+    bound: Bound | None = None  # the watchdog's
     told: bool = False  # by the watchdog
 
     @property

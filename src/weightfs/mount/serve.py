@@ -109,11 +109,10 @@ async def serve(
             await stats.requests.shelter.drained()  # the mount is gone; what it used may be closed next
 
 
-def bounds_of(options: MountOptions) -> Bounds:
+def bounds_of(engine: MountedEngine, options: MountOptions) -> Bounds:
     """When the watchdog takes a request for overdue."""
-    return Bounds.of(
-        read_timeout=options.read_timeout, browse_timeout=options.browse_timeout if options.browse else 0.0
-    )
+    browse_timeout = options.browse_timeout if options.browse else 0.0
+    return Bounds.of(read_timeout=engine.read_timeout, browse_timeout=browse_timeout)
 
 
 def _browser(engine: MountedEngine, options: MountOptions) -> Browser | None:
@@ -180,7 +179,8 @@ class _Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._loop)
             nursery.start_soon(self._trees.run)
-            nursery.start_soon(Watchdog(stats.requests, bounds_of(self._options), self._engine.explain).run)
+            bounds = partial(bounds_of, self._engine, self._options)
+            nursery.start_soon(Watchdog(stats.requests, bounds, self._engine.explain).run)
             try:
                 if not await mounted.probe() and not self._over.is_set():
                     self._failure = self._handover.failure or TimeoutError(

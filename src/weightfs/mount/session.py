@@ -92,9 +92,6 @@ class MountOptions:
     browse: bool = False  # naming a path below `models/` pins what it names: see `browsing`
     browse_ttl: float = 60.0  # seconds for which an answer holds
     browse_timeout: float = 10.0  # seconds that a lookup may wait
-    read_timeout: float = (
-        600.0  # the engine's own bound on reads, 0: none; `watchdog` ends what goes beyond it
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,17 @@ _log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """One per mount. `explain(blob, span)`: how the engine is as to a read; its `str` is one line without secrets."""
+    """One per mount.
+
+    `bounds()` may change while it runs; those of a request are what they were when it was first looked at.
+    `explain(blob, span)`: how the engine is as to a read; its `str` is one line without secrets.
+    """
 
     def __init__(
-        self, requests: Requests, bounds: Bounds, explain: Callable[[BlobId, ByteSpan], object]
+        self,
+        requests: Requests,
+        bounds: Callable[[], Bounds],
+        explain: Callable[[BlobId, ByteSpan], object],
     ) -> None:
         self._requests = requests
         self._bounds = bounds
@@ -54,27 +61,25 @@ class Watchdog:
 
     def look(self, now: float) -> None:
         """Tell of what is overdue, and end its wait."""
-        news = [request for request in self._requests if not request.told and self._is_overdue(request, now)]
-        for request in news[:TELL_AT_MOST]:
-            self._tell(request, now)
+        bounds = self._bounds()
+        news: list[tuple[Request, Bound]] = []
+        for request in self._requests:
+            bound = request.bound = request.bound or bounds.of_request(request.op)
+            if not request.told and _is_overdue(request, bound, now):
+                news.append((request, bound))
+        for request, bound in news[:TELL_AT_MOST]:
+            self._tell(request, bound, now)
         if len(news) > TELL_AT_MOST:
             _log.error(
                 "%d more requests are overdue; see `weightfs debug inflight`", len(news) - TELL_AT_MOST
             )
         self._requests.overdue += len(news)
-        for request in news:
+        for request, bound in news:
             request.told = True
-            if request.wait is not None and self._bounds.of_request(request.op).answered:
+            if request.wait is not None and bound.answered:
                 self._requests.shelter.give_up(request.wait, "it was overdue, and the watchdog ended it")
 
-    def _is_overdue(self, request: Request, now: float) -> bool:
-        if request.held:
-            return False  # its answer is known, and its time is bounded
-        since = request.since if request.wait is None else request.wait.since
-        return now - since > self._bounds.of_request(request.op).seconds
-
-    def _tell(self, request: Request, now: float) -> None:
-        bound = self._bounds.of_request(request.op)
+    def _tell(self, request: Request, bound: Bound, now: float) -> None:
         _log.error(
             "A %s is overdue: request %d, %s, for %s, the bound is %s; %s; %s",
             request.op,
@@ -100,6 +105,13 @@ class Watchdog:
             _log.exception("The state of request %d cannot be told", request.number)
             parts.append("more cannot be told")
         return one_line(redact("; ".join(parts)))
+
+
+def _is_overdue(request: Request, bound: Bound, now: float) -> bool:
+    if request.held:
+        return False  # its answer is known, and its time is bounded
+    since = request.since if request.wait is None else request.wait.since
+    return now - since > bound.seconds
 
 
 def _subject(request: Request) -> str:

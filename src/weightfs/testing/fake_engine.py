@@ -91,6 +91,7 @@ class FakeEngine:
         self.most_waiting = 0
         self.failing_all = False
         self.mtime = 1_700_000_000
+        self.read_timeout = 600.0  # said, and not kept
         self._by_id: dict[BlobId, FakeFile] = {}
         self._ending = trio.Event()
         self._others: dict[str, Manifest] = {}
