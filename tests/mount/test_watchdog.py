@@ -380,6 +380,20 @@ async def test_a_state_that_cannot_be_told_does_not_keep_the_answer(
         assert "more cannot be told" in caplog.text
 
 
+async def test_a_look_that_fails_is_told_and_is_not_the_last(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with staged(FakeEngine()) as stage:
+        stage.engine.hold("stuck")
+        stage.nursery.start_soon(stage.read, "stuck")
+        with monkeypatch.context() as broken:
+            broken.setattr(watchdog, "_is_overdue", lambda *_: 1 // 0)
+            await trio.sleep(BOUND + MARGIN)
+        assert "look failed" in caplog.text
+        await trio.sleep(3 * LOOK_EVERY)
+        assert stage.answers == [("stuck", errno.EIO)]
+
+
 async def test_an_answer_that_is_held_back_is_not_overdue(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

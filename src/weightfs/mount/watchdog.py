@@ -22,12 +22,8 @@ from weightfs.mount.requests import Request, Requests
 from weightfs.stacks import on_one_line, task_frames, threads_of
 from weightfs.units import format_duration
 
-LOOK_EVERY: Final = (
-    5.0  # seconds: small beside the bounds; a look at 2,000 requests takes about a millisecond
-)
-TELL_AT_MOST: Final = (
-    4  # lines per look: what hangs mostly hangs for one reason, and logs let five a minute through
-)
+LOOK_EVERY: Final = 5.0  # seconds: small beside the bounds
+TELL_AT_MOST: Final = 4  # lines per look: there is mostly one reason; of one kind the log takes five a minute
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +53,10 @@ class Watchdog:
             if trio.current_time() > due + LOOK_EVERY:
                 # The process was stopped, or the loop busy: who has a bound of his own goes first.
                 await trio.sleep(LOOK_EVERY)
-            self.look(trio.current_time())
+            try:
+                self.look(trio.current_time())
+            except Exception:  # noqa: BLE001 - a fault here must not take the mount with it
+                _log.exception("The watchdog's look failed")
 
     def look(self, now: float) -> None:
         """Tell of what is overdue, and end its wait."""
