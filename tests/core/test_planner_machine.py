@@ -10,10 +10,11 @@ from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from weightfs.core.geometry import MIB, BlobShape, ChunkSpan
 from weightfs.core.plan import Limits
+from weightfs.core.planword import ChunkState
 from weightfs.core.retry import is_permanent
 from weightfs.errors import FailureKind
 from weightfs.testing.planning import PlanDriver, blob_id, mirrors
@@ -50,6 +51,14 @@ class PlannerMachine(RuleBasedStateMachine):
                 **{name: getattr(LIMITS, name) for name in LIMITS.__slots__} | {"max_retries": max_retries}
             )
         )
+
+    @invariant()
+    def who_waits_is_told_for_what(self) -> None:
+        for blob, span in self.driver.waiting.values():
+            words = self.driver.planner.words(blob.id, span, self.driver.now)
+            states = [word.state for word in words if word.waiters]
+            assert states, "nobody waits for anything in the span of a waiter"
+            assert not {ChunkState.PRESENT, ChunkState.UNASKED} & set(states)
 
     def a_blob(self, data: Any) -> Any:
         return data.draw(st.sampled_from(list(self.driver.blobs.values())))

@@ -207,3 +207,20 @@ def test_no_room_is_made_for_a_reader_who_has_gone() -> None:
     assert not made.planner.demanded_bytes()
     made.fill(A)
     assert made.planner.short() == {A: plan.Priority.FILL}
+
+
+def test_room_that_is_given_back_while_its_chunk_is_fetched_again_still_counts() -> None:
+    """Who lands there needs it: it stays held, as the job's."""
+    made = driver()
+    made.need(A, 0, 1)
+    run_all(made)
+    made.drop(A, [0])
+    made.punch(A)
+    made.need(A, 0, 1)
+    assert made.planner.held_bytes == MIB
+    made.punch(A, freed=True)
+    assert made.planner.held_bytes == MIB
+    assert made.planner.reserved_bytes == MIB
+    assert not made.planner.check()
+    run_all(made)
+    assert made.planner.held_bytes == MIB

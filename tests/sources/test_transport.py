@@ -207,6 +207,31 @@ async def test_addresses_are_tried_in_turn(autojump_clock: MockClock) -> None:
             await backend.connect_tcp("name.test", origin.port, 10)
 
 
+class Slow(BulkBackend):
+    """Eight seconds until a connection is there."""
+
+    async def connect_address(self, address: Address, port: int) -> socket.socket:
+        await trio.sleep(8)
+        return await super().connect_address(address, port)
+
+
+async def test_regression_the_bound_on_connecting_is_one_for_tcp_and_tls_together(
+    autojump_clock: MockClock,
+) -> None:
+    """Each step had the whole bound for itself: twice connect-timeout, and with a proxy four times."""
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as silent:  # the kernel takes the connection, nobody speaks TLS
+        transport = BulkTransport(client_context(None), backend=Slow())
+        request = httpx.Request("GET", f"https://127.0.0.1:{silent.getsockname()[1]}/")
+        request.extensions = {"timeout": {"connect": 10.0}}
+        before = trio.current_time()
+        with pytest.raises(httpx.ConnectTimeout):
+            await transport.handle_async_request(request)
+        assert trio.current_time() - before == pytest.approx(10)
+        await transport.aclose()
+
+
 async def test_names_are_remembered_for_a_while(autojump_clock: MockClock) -> None:
     names = Names("127.0.0.1")
     for _ in range(3):

@@ -41,6 +41,7 @@ from weightfs.mount import mounttable
 from weightfs.mount.serve import Mounted, serve
 from weightfs.mount.session import MountOptions
 from weightfs.mount.stats import MountStats
+from weightfs.stacks import tell_on_signal
 
 # How long "ready" may wait for the first answers about new refs; the mount serves all the while.
 FIRST_ANSWERS: Final = 30.0  # seconds
@@ -82,6 +83,7 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
             log.error("the mount at %s stays behind: %s", order.mountpoint, error)  # one line
 
     give_back_buffers()
+    tell_on_signal()
     try:
         trio.run(partial(run_until_signal, partial(_serve, order, on_ready), last_resort=detach_at_once))
     except BaseExceptionGroup as group:
@@ -96,13 +98,14 @@ async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -
     )
     notify.notify("STATUS=opening the cache")
     async with (
-        take_over(info, order.engine) as engine,
+        take_over(info, order.engine) as (engine, operations),
         trio.open_nursery() as nursery,
     ):
         if order.metrics_listen is not None:
             scraper = Scraper(engine, info.mount_measures)
             nursery.start_soon(serve_metrics, scraper, *order.metrics_listen)
         mounted = await nursery.start(_mount, order, engine, stats, nursery.cancel_scope)
+        operations.requests = stats.requests
         with registry.registered(mounted.path, order.cache):
             try:
                 await _greet(order, engine, mounted, nursery, on_ready)

@@ -84,8 +84,8 @@ async def _start_control(
 @contextlib.asynccontextmanager
 async def take_over(
     info: ProcessInfo, settings: EngineSettings, *, patience: float = BUSY_PATIENCE
-) -> AsyncIterator[Engine]:
-    """An engine on the cache, for a mount. A short command that has it is waited for.
+) -> AsyncIterator[tuple[Engine, EngineOperations]]:
+    """An engine on the cache, and the operations on it, for a mount. A short command that has it is waited for.
 
     Raises:
         CacheBusyError: Another mount has it, or somebody has had it for too long.
@@ -96,13 +96,13 @@ async def take_over(
         async with contextlib.AsyncExitStack() as stack:
             try:
                 local = open_local(info, settings, create=True, serve_control=True)
-                engine, _ = await stack.enter_async_context(local)
+                pair = await stack.enter_async_context(local)
             except CacheBusyError as error:
                 if trio.current_time() >= deadline:
                     raise
                 await _refuse_second_mount(info.cache, error)
             else:
-                yield engine
+                yield pair
                 return
         await trio.sleep(BUSY_POLL)
 

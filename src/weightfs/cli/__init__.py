@@ -11,6 +11,7 @@ from weightfs.cli.adding import add, pin, unpin, update
 from weightfs.cli.cleaning import gc
 from weightfs.cli.completing import completion
 from weightfs.cli.configuring import config
+from weightfs.cli.debugging import debug
 from weightfs.cli.doctoring import doctor
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
 from weightfs.cli.keeping import rm, verify
@@ -63,7 +64,7 @@ def cli() -> None:
 
 for command in (
     *(mount, umount, add, pull, update, pin, unpin, fill, pause, resume),
-    *(status, top, ls, map_, verify, gc, rm, link, env, publish, doctor, config, completion),
+    *(status, top, ls, map_, verify, gc, rm, link, env, publish, doctor, debug, config, completion),
 ):
     cli.add_command(command)
 

@@ -72,7 +72,9 @@ fetch_options = _stack(
     click.option("--timeout", metavar="S", help="Bound on response headers and manifests.  [default: 30s]"),
     click.option("--connect-timeout", metavar="S", help="Bound on connecting.  [default: 10s]"),
     click.option(
-        "--stall-timeout", metavar="S", help="A body without a byte for so long ends.  [default: 30s]"
+        "--stall-timeout",
+        metavar="S",
+        help="A body that gives less than 16 KiB in so long ends.  [default: 30s]",
     ),
     click.option("--proxy", metavar="URL", help="Proxy for http and https.  [default: from the environment]"),
     click.option(

@@ -46,6 +46,14 @@ class ControlClient:
         """Who answers."""
         return await _ask(self._http, self._cache, "GET", "/v1/health")
 
+    async def inflight(self) -> Document:
+        """What waits, and for what."""
+        return await _ask(self._http, self._cache, "GET", "/v1/inflight")
+
+    async def stacks(self) -> Document:
+        """Where everything is."""
+        return await _ask(self._http, self._cache, "GET", "/v1/stacks")
+
     async def refs(self) -> list[Document]:
         """The refs."""
         answer = await _ask(self._http, self._cache, "GET", "/v1/refs")

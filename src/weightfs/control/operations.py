@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 import weightfs
+from weightfs.control.debugging import RequestsLike, inflight_document, stacks_document
 from weightfs.control.documents import to_json
 from weightfs.control.jobs import Jobs
 from weightfs.control.metrics import MountMeasures
@@ -66,6 +67,7 @@ class EngineOperations:
         self._engine = engine
         self._info = info
         self._jobs = Jobs(nursery)
+        self.requests: RequestsLike | None = None  # of the mount, once there is one
 
     async def health(self) -> Document:
         """Version, process id, role, cache and mount point."""
@@ -84,6 +86,14 @@ class EngineOperations:
         sums = {ref["ref"]: {key: ref[key] for key in _SUMS} for ref in await self.refs()}
         document["refs"] = [{**ref, **sums.get(ref["ref"], {})} for ref in document["refs"]]
         return document
+
+    async def inflight(self) -> Document:
+        """What waits, and for what."""
+        return inflight_document(self._engine, self.requests)
+
+    async def stacks(self) -> Document:
+        """Where everything is."""
+        return stacks_document()
 
     async def refs(self) -> list[Document]:
         """The refs, each with its blobs."""

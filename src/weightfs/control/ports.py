@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import BlobId, Manifest
 from weightfs.core.ref import Ref
 from weightfs.engine.settings import FillMode
@@ -180,6 +181,14 @@ class EngineLike(Protocol):
         """A tree of frozen dataclasses."""
         ...
 
+    def explain(self, blob_id: BlobId, span: ByteSpan, /) -> object:
+        """What a read of `span` waits for: `engine.explain.WaitStatus`, or None."""
+        ...
+
+    def fetches(self) -> Sequence[object]:
+        """What is in flight: `engine.explain.FetchStatus` each."""
+        ...
+
     async def headers_ready(self, ref_text: str, /, *, within: float) -> bool:
         """Wait, at most `within` seconds, for what `add` and `update` fetch in the background; whether it is there."""
         ...
@@ -206,6 +215,14 @@ class Operations(Protocol):
 
     async def status(self) -> Document:
         """Everything: process, refs with their blobs and mirrors, workers, totals, what is in flight."""
+        ...
+
+    async def inflight(self) -> Document:
+        """The kernel's requests that wait, each with what it waits for, and the fetches, oldest first. Bounded."""
+        ...
+
+    async def stacks(self) -> Document:
+        """Where the tasks and threads of the process are: `weightfs.stacks.Stacks`. Bounded."""
         ...
 
     async def refs(self) -> list[Document]:

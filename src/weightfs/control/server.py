@@ -109,6 +109,8 @@ def make_app(operations: Operations, scraper: Scraper | None = None) -> Starlett
             ("GET", "/v1/openapi.json", _openapi),
             ("GET", "/v1/health", _health),
             ("GET", "/v1/status", _status),
+            ("GET", "/v1/inflight", _inflight),
+            ("GET", "/v1/stacks", _stacks),
             ("GET", "/v1/refs", _refs),
             ("POST", "/v1/refs", _add),
             ("DELETE", "/v1/refs", _remove),
@@ -161,6 +163,14 @@ async def _health(operations: Operations, _: Request) -> Document:
 
 async def _status(operations: Operations, _: Request) -> Document:
     return await operations.status()
+
+
+async def _inflight(operations: Operations, _: Request) -> Document:
+    return await operations.inflight()
+
+
+async def _stacks(operations: Operations, _: Request) -> Document:
+    return await operations.stacks()
 
 
 async def _refs(operations: Operations, _: Request) -> Document:

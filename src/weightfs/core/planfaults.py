@@ -49,6 +49,7 @@ class Faults:
     def failed(self, job: Job, failure: Failure, jitter: float, now: float) -> None:
         """A job of a living blob ended badly; it is out of the ledger already."""
         blob = job.blob
+        blob.trouble = failure
         match failure.kind:
             case FailureKind.CANCELLED:
                 if (
@@ -81,6 +82,7 @@ class Faults:
         if job.id >= max(blob.first_job, blob.seen.get(job.mirror, 0)):
             blob.rounds = blob.worker_deaths = 0
             blob.desperate = False
+            blob.trouble = None
             blob.tried.clear()
             blob.strikes.pop(job.mirror, None)
             blob.burials.pop(job.mirror, None)

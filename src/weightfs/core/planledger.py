@@ -65,6 +65,7 @@ class BlobPlan:
     first_job: int = 0
     worker_deaths: int = 0
     retry_at: float = PAST
+    trouble: Failure | None = None  # the last one, while nothing has landed since: for people
     later: dict[int, float] = field(default_factory=dict)
     dead: dict[int, tuple[float, Failure]] = field(default_factory=dict)
     strikes: dict[int, int] = field(default_factory=dict)

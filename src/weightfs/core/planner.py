@@ -28,6 +28,7 @@ from weightfs.core.plan import Failure, Limits, Priority
 from weightfs.core.planfaults import Faults
 from weightfs.core.planledger import BlobPlan, Job, Ledger, Waiter
 from weightfs.core.planschedule import Scheduler
+from weightfs.core.planword import ChunkWord, chunk_words
 from weightfs.errors import FailureKind
 
 MAX_WANTS = 16  # read-ahead windows remembered per blob: twice the streams that `readahead` tracks
@@ -153,6 +154,10 @@ class Planner:
     def jobs(self, now: float) -> list[InFlight]:
         """What is in flight, oldest first."""
         return [_describe(job, now) for job in self._ledger.jobs.values()]
+
+    def words(self, blob: BlobId, chunks: ChunkSpan, now: float) -> tuple[ChunkWord, ...]:
+        """Where each of `chunks` is, and what it waits for. KeyError; the caller bounds how many."""
+        return chunk_words(self._ledger, self._ledger.blobs[blob], chunks, now)
 
     def idle(self) -> bool:
         """Nothing in flight and nobody waiting."""

@@ -28,6 +28,7 @@ from weightfs.engine.catalog import Catalog
 from weightfs.engine.causes import one_cause
 from weightfs.engine.committer import Committer
 from weightfs.engine.details import Details, RefDetails
+from weightfs.engine.explain import FetchStatus, WaitStatus, describe_fetches, explain_wait
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
 from weightfs.engine.headers import Headers
@@ -379,6 +380,11 @@ class Engine:
 
     # ---- what the mount asks
 
+    @property
+    def read_timeout(self) -> float:
+        """The bound of reads that begin now, in seconds; 0: there is none."""
+        return self.settings.read_timeout
+
     def blob_status(self, id: BlobId) -> BlobStatus:  # noqa: A002 - the contract's name
         """The state of a blob. KeyError if there is none."""
         return self._catalog.state(id).status()
@@ -391,6 +397,11 @@ class Engine:
     def statfs(self) -> CacheSpace:
         """Room of the cache's filesystem, a few seconds ago."""
         return self._room.space
+
+    def read_nowait(self, id: BlobId, span: ByteSpan) -> bytes | None:  # noqa: A002 - the contract's name
+        """The same as `read`, if nothing has to be waited for; else None, and nothing was done."""
+        state = self._catalog.get(id)
+        return None if state is None else self._reader.read_nowait(state, span)
 
     async def read(self, id: BlobId, span: ByteSpan) -> bytes:  # noqa: A002 - the contract's name
         """Exactly the bytes of `span`, clipped at the end of the blob. ReadError within `read_timeout`."""
@@ -477,6 +488,15 @@ class Engine:
             self._catalog, self._planner, self._pool, self._fetcher, self._committer, self._holdings, self._room,
             self._tally,
         )  # fmt: skip
+
+    def explain(self, id: BlobId, span: ByteSpan) -> WaitStatus | None:  # noqa: A002 - the contract's name
+        """Why a read of `span` has not been answered; its `str` is one line. None if the blob was removed."""
+        now = trio.current_time()
+        return explain_wait(self._catalog.get(id), self._planner, span, self._pool.pids, now)
+
+    def fetches(self) -> tuple[FetchStatus, ...]:
+        """What is in flight, oldest first."""
+        return describe_fetches(self._catalog, self._planner, trio.current_time())
 
     async def probe(self) -> None:
         """Return when the index has answered a question, in one of the threads that reads use too. CacheError."""

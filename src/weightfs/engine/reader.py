@@ -71,15 +71,28 @@ class Reader:
         """The same for ourselves: no stream is made of it, so that nothing is fetched ahead of it."""
         return await self._read(state, span, _unseen)
 
+    def read_nowait(self, state: BlobState, span: ByteSpan) -> bytes | None:
+        """The same as `read`, if nothing has to be waited for; else None, and nothing was done."""
+        span = span.clamp(state.shape.size)
+        return self._read_nowait(state, span, state.shape.chunks_covering(span), self._observe)
+
+    def _read_nowait(
+        self, state: BlobState, span: ByteSpan, chunks: ChunkSpan, observe: _Observe
+    ) -> bytes | None:
+        if not state.policy.allows(state.trust) or not state.present.covers(chunks):
+            return None
+        data = None if _suspects(state, chunks) else self._cache.read_nowait(state.id, span)
+        if data is not None:
+            state.touch(chunks)
+            observe(state, span, stalled=False)
+        return data
+
     async def _read(self, state: BlobState, span: ByteSpan, observe: _Observe) -> bytes:
         span = span.clamp(state.shape.size)
         chunks = state.shape.chunks_covering(span)
-        if state.policy.allows(state.trust) and state.present.covers(chunks) and not _suspects(state, chunks):
-            data = self._cache.read_nowait(state.id, span)
-            if data is not None:
-                state.touch(chunks)
-                observe(state, span, stalled=False)
-                return data
+        data = self._read_nowait(state, span, chunks, observe)
+        if data is not None:
+            return data
         limit = self._settings.read_timeout or float("inf")
         with self._tally.read_waits.timing(), trio.move_on_after(limit):
             return await self._read_slowly(state, span, chunks, observe)

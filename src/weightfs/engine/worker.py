@@ -32,6 +32,7 @@ from weightfs.engine.running import SAVABLE, GitSha1, RunningSha256
 from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import open_source, schemes
 from weightfs.sources.base import FetchSettings, Source
+from weightfs.stacks import tell_on_signal
 
 LANDINGS_PER_JOB = 2  # one chunk is hashed and written while the next one arrives
 LANDING_THREADS = 8
@@ -429,6 +430,7 @@ def main() -> None:
     drop_capabilities()
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the engine decides
+    tell_on_signal()  # else it would end of what is meant for the daemon, as `systemctl kill` sends it
     sys.setswitchinterval(0.001)  # hashing threads and the network share the interpreter
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)

@@ -1,7 +1,8 @@
 """A thin pyfuse3 skin: kernel requests in, the namespace's and the engine's answers out.
 
 Rules: nothing but FUSEError and Answered leaves a handler (anything else would end pyfuse3's loop and with it the
-mount). Only `read` waits, and `lookup` where browsing is on. `open` never fails for reasons of data. A handle's number
+mount). Only `read` waits, and `lookup` where browsing is on; and who waits does so in `requests.Shelter`, so that the
+watchdog can answer for him. `open` never fails for reasons of data. A handle's number
 is its inode's, so that it can be told again after a restart, and what is open stays readable when its name is gone.
 Inodes never change content: `keep_cache`. A blob whose file the kernel may read itself is shown under its other inode
 number (see `passthrough`); whoever has it open by the first goes on with that. What is left out (flush, fsync, poll …)
@@ -10,6 +11,7 @@ pyfuse3 answers ENOSYS, once: the kernel then does without it for good.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -45,6 +47,7 @@ from weightfs.mount.inodes import (
 from weightfs.mount.passthrough import Answered, Passthrough
 from weightfs.mount.penance import Penance, Sentence
 from weightfs.mount.ports import MountedEngine, Status
+from weightfs.mount.requests import OverdueError
 from weightfs.mount.stats import MountStats
 
 P = ParamSpec("P")
@@ -75,17 +78,23 @@ def _raw(name: str) -> bytes:
 def _guarded(
     method: Callable[Concatenate[WeightOperations, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[WeightOperations, P], Coroutine[Any, Any, R]]:
-    """Turn whatever a handler raises into FUSEError(EIO), and log it."""
+    """Register the request while it is handled; turn whatever the handler raises into FUSEError, and log it."""
+    name = method.__name__
 
     async def handler(self: WeightOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        request = self._requests.begin(name, args)
         try:
             return await method(self, *args, **kwargs)
         except (FUSEError, Answered):
             raise
+        except OverdueError:  # the watchdog has told of it; what a read makes of it never comes here
+            raise FUSEError(errno.ETIMEDOUT) from None
         except Exception:  # noqa: BLE001 - the loop must live; the request is answered and the error is told
             self.stats.internal_errors += 1
-            _log.exception("The handler %s failed; the caller gets EIO", method.__name__)
+            _log.exception("The handler %s failed; the caller gets EIO", name)
             raise FUSEError(errno.EIO) from None
+        finally:
+            self._requests.end(request)
 
     functools.update_wrapper(handler, method)
     return handler
@@ -111,6 +120,7 @@ class WeightOperations(pyfuse3.Operations):
         super().__init__()
         self._settled = settled  # returns when the tree is as new as what is pinned
         self.stats = stats
+        self._requests = stats.requests
         self._engine = engine
         self._namespace = namespace
         self._on_init = on_init
@@ -150,7 +160,9 @@ class WeightOperations(pyfuse3.Operations):
             return self._about.private(private)
         node = await self._look_up(parent_inode, _text(name))
         if node is None and self._browser is not None:
-            node = await self._browser.find(self._namespace, parent_inode, _text(name))
+            browser = self._browser
+            find = functools.partial(browser.find, self._namespace, parent_inode, _text(name))
+            node = await self._requests.wait(find)
             node = node or await self._look_up(parent_inode, _text(name))  # it is pinned now
         if node is None:
             raise FUSEError(errno.ENOENT)
@@ -160,7 +172,7 @@ class WeightOperations(pyfuse3.Operations):
         """The node, of the tree at hand or of the one that is being made."""
         node = self._namespace.lookup(parent, name)
         if node is None:
-            await self._settled()
+            await self._requests.wait(self._settled)
             node = self._namespace.lookup(parent, name)
         return node
 
@@ -188,7 +200,7 @@ class WeightOperations(pyfuse3.Operations):
     @_guarded
     async def opendir(self, inode: InodeT, _ctx: pyfuse3.RequestContext) -> FileHandleT:
         """The handle is the inode. A listing begins with the newest tree."""
-        await self._settled()
+        await self._requests.wait(self._settled)
         if not isinstance(self._node(inode), DirNode):
             raise FUSEError(errno.ENOTDIR)
         return FileHandleT(inode)
@@ -259,7 +271,9 @@ class WeightOperations(pyfuse3.Operations):
             try:
                 path = self._engine.backing(blob.id) if self._passthrough.on else None
                 if path is not None:
-                    held.backing = await self._passthrough.lend(path, blob.size)
+                    lend = functools.partial(self._passthrough.lend, path, blob.size)
+                    with contextlib.suppress(OverdueError):  # then through us: `open` does not fail
+                        held.backing = await self._requests.wait(lend)
                     self.stats.passed_files += held.backing is not None
             finally:
                 held.decided.set()
@@ -307,23 +321,23 @@ class WeightOperations(pyfuse3.Operations):
     async def _read_blob(self, node: BlobNode, span: ByteSpan) -> bytes:
         """Bytes of the blob; `span` is within the node's."""
         asked = trio.current_time()
-        serial = self.stats.began(node.ino, span, asked)
+        request = self._requests.mine()
+        request.blob, request.span = node.blob.id, span
+        patience = self._penance.recall(node.ino, span, asked)
+        if patience is not None:
+            self.stats.delayed_reads += 1
+            await self._hold(patience)
         try:
-            patience = self._penance.recall(node.ino, span, asked)
-            if patience is not None:
-                self.stats.delayed_reads += 1
-                await self._hold(patience)
-            try:
-                data = await self._engine.read(node.blob.id, span)
-                if len(data) != len(span):  # never zeros or stale bytes for a short answer
-                    raise ValueError(f"the engine gave {len(data)} bytes for {len(span)}")
-            except Exception as error:  # noqa: BLE001 - every kind of failure is held back alike
-                sentence = self._failure(node, span, error, asked, waited=patience is not None)
-                await self._hold(sentence.until)
-                self.stats.failed_reads += 1
-                raise FUSEError(sentence.errno) from None
-        finally:
-            self.stats.ended(serial)
+            data = self._engine.read_nowait(node.blob.id, span)
+            if data is None:
+                data = await self._requests.wait(functools.partial(self._engine.read, node.blob.id, span))
+            if len(data) != len(span):  # never zeros or stale bytes for a short answer
+                raise ValueError(f"the engine gave {len(data)} bytes for {len(span)}")
+        except Exception as error:  # noqa: BLE001 - every kind of failure is held back alike
+            sentence = self._failure(node, span, error, asked, waited=patience is not None)
+            await self._hold(sentence.until)
+            self.stats.failed_reads += 1
+            raise FUSEError(sentence.errno) from None
         self._penance.forgive(node.ino, span)
         return self._counted(data)
 
@@ -339,7 +353,7 @@ class WeightOperations(pyfuse3.Operations):
         if isinstance(error, ReadError):
             if 0 <= error.chunk < node.blob.shape.chunk_count:
                 span, whole = node.blob.shape.span_of(error.chunk), True
-        else:
+        elif not isinstance(error, OverdueError):
             self.stats.internal_errors += 1
         now = trio.current_time()
         sentence = self._penance.failed(
@@ -347,7 +361,7 @@ class WeightOperations(pyfuse3.Operations):
         )
         where = f"bytes [{span.start}, {span.stop}) of blob {node.blob.id}"
         subject = about(blob=node.blob.id, errno=sentence.errno)  # the rest is the error's to say
-        if not isinstance(error, ReadError):
+        if not isinstance(error, ReadError | OverdueError):
             _log.error("A read of %s met an unforeseen error", where, exc_info=error, extra=subject)
         elif sentence.news and not self._stopping.is_set():
             _log.warning(
@@ -358,11 +372,14 @@ class WeightOperations(pyfuse3.Operations):
     async def _hold(self, until: float) -> None:
         """Wait for a time, or for the end of the mount."""
         self.stats.held += 1
+        request = self._requests.mine()
+        request.held = True
         try:
             with trio.move_on_at(until):
                 await self._stopping.wait()
         finally:
             self.stats.held -= 1
+            request.held = False
 
     # --- the rest
 

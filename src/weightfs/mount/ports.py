@@ -46,6 +46,9 @@ class MountedEngine(Protocol):
 
     on_change: Callable[[], None]  # called when `manifests()` changed
 
+    @property
+    def read_timeout(self) -> float: ...  # noqa: D102 - seconds that a read waits at most, 0: for ever; it may change
+
     def blob_status(self, id: BlobId, /) -> Status:  # noqa: A002 - the contract's name
         """The state of a blob. KeyError if there is none."""
         ...
@@ -64,6 +67,14 @@ class MountedEngine(Protocol):
 
     def released(self, id: BlobId, /) -> None:  # noqa: A002 - the contract's name
         """A handle was released. Never waits, never fails."""
+        ...
+
+    def read_nowait(self, id: BlobId, span: ByteSpan, /) -> bytes | None:  # noqa: A002 - the contract's name
+        """The same as `read`, if nothing has to be waited for; else None, and `read` is to be asked. Never fails."""
+        ...
+
+    def explain(self, id: BlobId, span: ByteSpan, /) -> object:  # noqa: A002 - the contract's name
+        """What a read of `span` waits for; its `str` is one line, without secrets. From memory."""
         ...
 
     async def read(self, id: BlobId, span: ByteSpan, /) -> bytes:  # noqa: A002 - the contract's name

@@ -19,6 +19,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from weightfs.core.overdue import Bounds
 from weightfs.errors import MountError
 from weightfs.layouts.base import Layout
 from weightfs.mount import mounttable
@@ -30,6 +31,7 @@ from weightfs.mount.ports import MountedEngine
 from weightfs.mount.session import Connection, Handover, MountOptions, connect, guarded_reads
 from weightfs.mount.stats import MountStats
 from weightfs.mount.trees import Trees
+from weightfs.mount.watchdog import Watchdog
 
 PROBE_TIMEOUT = 5.0
 _END_TIMEOUT = 5.0  # seconds for the loop to end once the connection has, or it was told to
@@ -103,6 +105,14 @@ async def serve(
         handover.close()
         with trio.CancelScope(shield=True), trio.move_on_after(mounttable.HELPER_TIMEOUT):
             await trio.to_thread.run_sync(_leave_nothing, connection, abandon_on_cancel=True)
+        with trio.CancelScope(shield=True):
+            await stats.requests.shelter.drained()  # the mount is gone; what it used may be closed next
+
+
+def bounds_of(engine: MountedEngine, options: MountOptions) -> Bounds:
+    """When the watchdog takes a request for overdue."""
+    browse_timeout = options.browse_timeout if options.browse else 0.0
+    return Bounds.of(read_timeout=engine.read_timeout, browse_timeout=browse_timeout)
 
 
 def _browser(engine: MountedEngine, options: MountOptions) -> Browser | None:
@@ -169,6 +179,8 @@ class _Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._loop)
             nursery.start_soon(self._trees.run)
+            bounds = partial(bounds_of, self._engine, self._options)
+            nursery.start_soon(Watchdog(stats.requests, bounds, self._engine.explain).run)
             try:
                 if not await mounted.probe() and not self._over.is_set():
                     self._failure = self._handover.failure or TimeoutError(

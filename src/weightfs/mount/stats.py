@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from weightfs.core.geometry import ByteSpan
+from weightfs.mount.requests import Requests
 
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A read that has not been answered: `age` in seconds."""
+    """A read that has not been answered: `span` of its blob, `age` in seconds."""
 
     ino: int
     span: ByteSpan
@@ -30,20 +30,10 @@ class MountStats:
     internal_errors: int = 0  # handlers that met an error nobody foresaw
     passed_opens: int = 0  # handles whose reads never come here
     passed_files: int = 0  # inodes that have such handles right now
-    _waiting: dict[int, tuple[int, ByteSpan, float]] = field(default_factory=dict)
-    _serial: Iterator[int] = field(default_factory=itertools.count)
-
-    def began(self, ino: int, span: ByteSpan, now: float) -> int:
-        """A read was asked; its number for `ended`."""
-        number = next(self._serial)
-        self._waiting[number] = (ino, span, now)
-        return number
-
-    def ended(self, number: int) -> None:
-        """It is answered."""
-        del self._waiting[number]
+    requests: Requests = field(default_factory=Requests)  # of every kind, in flight
 
     def in_flight(self, now: float) -> Iterator[InFlight]:
         """Yield the reads that are not answered yet, oldest first; `now` is trio's current time."""
-        for ino, span, since in self._waiting.values():
-            yield InFlight(ino, span, now - since)
+        for request in self.requests:
+            if request.span is not None:
+                yield InFlight(request.inode, request.span, now - request.since)

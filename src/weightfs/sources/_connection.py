@@ -101,6 +101,14 @@ class BulkConnection(httpcore.AsyncConnectionInterface):
         )
 
     async def _connect(self, timeout: float | None) -> BulkStream:  # noqa: ASYNC109  passed on to httpcore's interface
+        """A connection that is ready for requests: `timeout` is for all the steps to it together."""
+        try:
+            with trio.fail_after(float("inf") if timeout is None else timeout):
+                return await self._connect_stepwise(timeout)
+        except trio.TooSlowError as error:
+            raise httpcore.ConnectTimeout(f"no connection, with TLS, in {timeout} s") from error
+
+    async def _connect_stepwise(self, timeout: float | None) -> BulkStream:  # noqa: ASYNC109
         proxy = self._route.proxy
         first = self._origin if proxy is None else proxy.origin
         stream = await self._backend.connect_tcp(_host(first), first.port, timeout)

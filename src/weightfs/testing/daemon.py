@@ -58,14 +58,18 @@ class Daemon:
         root: An empty directory; it gets `cache` and `mnt`.
         refs: What `weightfs mount` is told to pin.
         options: More of its command line.
+        sabotage: Python that the daemon, not its workers, runs before it begins.
     """
 
-    def __init__(self, root: Path, *refs: str, options: Sequence[str] = ()) -> None:
+    def __init__(self, root: Path, *refs: str, options: Sequence[str] = (), sabotage: str = "") -> None:
         self.mountpoint = root.resolve() / "mnt"
         self.cache = root.resolve() / "cache"
         self.mountpoint.mkdir(parents=True, exist_ok=True)
         self._refs = refs
         self._options = tuple(options)
+        self._program = ["-m", "weightfs"]
+        if sabotage:
+            self._program = ["-c", f"{sabotage}\nfrom weightfs.cli import main; main()"]
         self._clients: list[subprocess.Popen[str]] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._home = tempfile.TemporaryDirectory(prefix="weightfs-daemon-")
@@ -84,7 +88,7 @@ class Daemon:
         assert self._process is None, "it runs already"
         command = ["mount", "--cache", str(self.cache), *self._options, str(self.mountpoint), *self._refs]
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-            [sys.executable, "-m", "weightfs", *command],
+            [sys.executable, *self._program, *command],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -134,6 +138,12 @@ class Daemon:
             self._process.kill()
             self._process.wait(END_SECONDS)
             self._process = None
+
+    @property
+    def pid(self) -> int:
+        """Of the process that serves."""
+        assert self._process is not None
+        return self._process.pid
 
     def signal(self, number: int) -> None:
         """Send the daemon a signal: SIGSTOP, SIGCONT."""

@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from weightfs.control.operations import EngineOperations, ProcessInfo
-from weightfs.core.geometry import BlobShape
+from weightfs.core.geometry import BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror, Trust
 from weightfs.core.ref import Ref, tree_of
 from weightfs.engine.settings import FillMode
@@ -214,6 +214,14 @@ class FakeControlEngine:
         await trio.lowlevel.checkpoint()
         self._fail()
         return {"ref": ref_text, "files": []}
+
+    def explain(self, blob_id: BlobId, span: ByteSpan) -> dict[str, Any]:
+        """The span comes back."""
+        return {"blob": str(blob_id), "start": span.start, "why": "https://u:p@h/m?token=1 is slow"}
+
+    def fetches(self) -> list[dict[str, Any]]:
+        """One."""
+        return [{"job": 1, "mirror": "https://u:p@h/m?token=1", "age": 2.5}]
 
     def status(self) -> dict[str, Any]:
         """A small part of the engine's."""

@@ -91,6 +91,7 @@ class FakeEngine:
         self.most_waiting = 0
         self.failing_all = False
         self.mtime = 1_700_000_000
+        self.read_timeout = 600.0  # said, and not kept
         self._by_id: dict[BlobId, FakeFile] = {}
         self._ending = trio.Event()
         self._others: dict[str, Manifest] = {}
@@ -225,6 +226,15 @@ class FakeEngine:
                 raise offer
             case _:
                 offer()
+
+    def read_nowait(self, id: BlobId, span: ByteSpan) -> bytes | None:  # noqa: A002 - the contract's name
+        """Nothing is there at once: every read may be told to wait."""
+        del id, span
+        return None
+
+    def explain(self, id: BlobId, span: ByteSpan) -> str:  # noqa: A002 - the contract's name
+        """The file's name, and how many reads wait."""
+        return f"{self._by_id[id].name} from byte {span.start} on, {self.waiting} readers wait"
 
     async def read(self, id: BlobId, span: ByteSpan) -> bytes:  # noqa: A002 - the contract's name
         """Wait, fail or give bytes, as the file is told to."""
