@@ -8,7 +8,9 @@ stays and asks again and again.
 from __future__ import annotations
 
 import logging
+import os
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Final
 import trio
 
 from weightfs.app import notify, registry, standing
+from weightfs.app.fdstore import FdStore
 from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
@@ -44,6 +47,8 @@ RESOLVE_AT_ONCE: Final = 4
 RETRY_BASE: Final = 1.0
 RETRY_CAP: Final = 60.0
 LAYOUTS: Final = (ModelsLayout(), OllamaLayout(), HuggingFaceLayout())
+# The exit code after SIGUSR1: "start me again" (sysexits.h calls 75 a temporary failure). The units know it.
+AGAIN: Final = 75
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +65,7 @@ class MountOrder:
 
 
 def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> int:
-    """Serve until a signal or until unmounted from outside; the exit code.
+    """Serve until a signal or until unmounted from outside; the exit code, which is `AGAIN` after SIGUSR1.
 
     Args:
         order: What to do.
@@ -77,38 +82,42 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
             log.error("the mount at %s stays behind: %s", order.mountpoint, error)  # one line
 
     give_back_buffers()
+    store = FdStore.from_environment(os.environ)
+    work = partial(_serve, order, on_ready, store)
     try:
-        trio.run(partial(run_until_signal, partial(_serve, order, on_ready), last_resort=detach_at_once))
+        signum = trio.run(partial(run_until_signal, work, last_resort=detach_at_once, leave=store.leave))
     except BaseExceptionGroup as group:
         raise most_telling(group) from group
-    return 0
+    return AGAIN if signum == signal.SIGUSR1 else 0
 
 
-async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> None:
+async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None], store: FdStore) -> None:
     info = ProcessInfo("mount", order.cache, order.mountpoint, int(time.time()))
     notify.notify("STATUS=opening the cache")
     async with (
         take_over(info, order.engine) as engine,
         trio.open_nursery() as nursery,
     ):
-        mounted = await nursery.start(_mount, order, engine, nursery.cancel_scope)
+        mounted = await nursery.start(_mount, order, engine, nursery.cancel_scope, store)
         with registry.registered(mounted.path, order.cache):
             try:
                 await _greet(order, engine, mounted, nursery, on_ready)
                 await trio.sleep_forever()
             finally:
                 # Before the end begins: the manager bounds it from here on, and wants no pings any more.
-                notify.notify("STOPPING=1\nSTATUS=unmounting, and committing what has landed")
+                doing = "leaving the mount to the next one" if store.leaving else "unmounting"
+                notify.notify(f"STOPPING=1\nSTATUS={doing}, and committing what has landed")
 
 
 async def _mount(
     order: MountOrder,
     engine: Engine,
     scope: trio.CancelScope,
+    store: FdStore,
     task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve, and end everything when somebody unmounts from outside."""
-    await serve(order.mountpoint, engine, LAYOUTS, order.mount, task_status=task_status)
+    await serve(order.mountpoint, engine, LAYOUTS, order.mount, keeper=store, task_status=task_status)
     log.info("%s was unmounted", order.mountpoint)
     scope.cancel()
 
@@ -133,6 +142,7 @@ async def _greet(
     with trio.move_on_after(FIRST_ANSWERS):
         await answers.ask(new)
     on_ready(answers.warnings)
+    notify.notify(f"{notify.STARTED}=1")
 
 
 class _FirstAnswers:
