@@ -26,6 +26,7 @@ from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
 from weightfs.app.memory import give_back_buffers
+from weightfs.app.reloading import Reloader
 from weightfs.control.operations import ProcessInfo
 from weightfs.core.names import identity
 from weightfs.core.ref import Ref
@@ -64,12 +65,15 @@ class MountOrder:
     mount: MountOptions
 
 
-def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> int:
+def run_mount(
+    order: MountOrder, on_ready: Callable[[Sequence[str]], None], reread: Callable[[], MountOrder]
+) -> int:
     """Serve until a signal or until unmounted from outside; the exit code, which is `AGAIN` after SIGUSR1.
 
     Args:
         order: What to do.
         on_ready: Called once, when the mount serves and every new ref has been asked for, with warnings.
+        reread: What the configuration says now, for `weightfs reload`; UsageError. Called in a thread.
 
     Raises:
         WeightfsError: It could not start, or the mount broke.
@@ -83,7 +87,7 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
 
     give_back_buffers()
     store = FdStore.from_environment(os.environ)
-    work = partial(_serve, order, on_ready, store)
+    work = partial(_serve, order, on_ready, store, Reloader(order, reread))
     try:
         signum = trio.run(partial(run_until_signal, work, last_resort=detach_at_once, leave=store.leave))
     except BaseExceptionGroup as group:
@@ -91,8 +95,10 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
     return AGAIN if signum == signal.SIGUSR1 else 0
 
 
-async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None], store: FdStore) -> None:
-    info = ProcessInfo("mount", order.cache, order.mountpoint, int(time.time()))
+async def _serve(
+    order: MountOrder, on_ready: Callable[[Sequence[str]], None], store: FdStore, reloader: Reloader
+) -> None:
+    info = ProcessInfo("mount", order.cache, order.mountpoint, int(time.time()), reloader.reload)
     notify.notify("STATUS=opening the cache")
     async with (
         take_over(info, order.engine) as engine,
@@ -101,7 +107,7 @@ async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None], s
         mounted = await nursery.start(_mount, order, engine, nursery.cancel_scope, store)
         with registry.registered(mounted.path, order.cache):
             try:
-                await _greet(order, engine, mounted, nursery, on_ready)
+                await _greet(order, engine, mounted, nursery, on_ready, reloader)
                 await trio.sleep_forever()
             finally:
                 # Before the end begins: the manager bounds it from here on, and wants no pings any more.
@@ -128,6 +134,7 @@ async def _greet(
     mounted: Mounted,
     nursery: trio.Nursery,
     on_ready: Callable[[Sequence[str]], None],
+    reloader: Reloader,
 ) -> None:
     log.info("%s serves the cache %s", mounted.path, order.cache)
     notify.notify("READY=1")
@@ -136,11 +143,13 @@ async def _greet(
         nursery.start_soon(standing.keep_alive, mounted, engine, interval)
     if notify.has_manager():
         nursery.start_soon(standing.tell_status, engine)
+        await nursery.start(reloader.on_hangup)  # in a terminal that is closed SIGHUP means something else
     known = {identity(stored.manifest.ref) for stored in engine.refs()}
     new = [ref for ref in order.refs if identity(str(ref)) not in known]
     answers = _FirstAnswers(engine, nursery)
     with trio.move_on_after(FIRST_ANSWERS):
         await answers.ask(new)
+    reloader.serve(engine, answers.begin)
     on_ready(answers.warnings)
     notify.notify(f"{notify.STARTED}=1")
 
@@ -156,15 +165,23 @@ class _FirstAnswers:
 
     async def ask(self, refs: Sequence[Ref]) -> None:
         """Return when each has been answered or found out of reach; the first permanent error is raised."""
-        pending = [_Pending(ref) for ref in refs]
-        for one in pending:
-            self._nursery.start_soon(self._resolve, one)
-        for one in pending:
+        for one in self._begin(refs):
             await one.asked.wait()
             if one.error is not None:
                 raise one.error
             if one.warning:
                 self.warnings.append(one.warning)
+
+    def begin(self, refs: Sequence[Ref]) -> None:
+        """The same without waiting: what goes wrong is in the log."""
+        for one in self._begin(refs):
+            one.asked.set()
+
+    def _begin(self, refs: Sequence[Ref]) -> list[_Pending]:
+        pending = [_Pending(ref) for ref in refs]
+        for one in pending:
+            self._nursery.start_soon(self._resolve, one)
+        return pending
 
     async def _resolve(self, one: _Pending) -> None:
         attempt = 0

@@ -20,6 +20,7 @@ from weightfs.cli.mapping import map_
 from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
 from weightfs.cli.pulling import pull
+from weightfs.cli.reloading import reload
 
 EPILOG = """\b
 Examples:
@@ -61,7 +62,7 @@ def cli() -> None:
 
 for command in (
     *(mount, umount, add, pull, update, pin, unpin),
-    *(status, ls, map_, verify, gc, rm, link, env, publish, doctor, config, completion),
+    *(status, ls, map_, verify, gc, rm, reload, link, env, publish, doctor, config, completion),
 ):
     cli.add_command(command)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -90,9 +91,18 @@ def mount(
     order = _order(ctx, config, mountpoint, refs)
     from weightfs.app.daemon import run_mount
 
+    directory = Path.cwd()
+
+    def reread() -> MountOrder:
+        with contextlib.chdir(directory):  # what detaches has left it; relative paths still belong to it
+            new = load_config(ctx, level="info", log=False)
+            found = _order(ctx, new, mountpoint, refs)
+            set_up_logging(new, _log_file(new) if detach else None)
+            return found
+
     if detach:
-        return _detach(config, lambda ready: run_mount(order, ready))
-    return run_mount(order, _told_by_the_log)
+        return _detach(config, lambda ready: run_mount(order, ready, reread))
+    return run_mount(order, _told_by_the_log, reread)
 
 
 def _supervise(config: Config, mountpoint: str, *, detach: bool) -> int:
@@ -163,10 +173,14 @@ def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str,
     )
 
 
+def _log_file(config: Config) -> Path:
+    return config.log_file or config.cache / "weightfs.log"
+
+
 def _detach(config: Config, work: Callable[[Callable[[Sequence[str]], None]], int]) -> int:
     from weightfs.app.detach import detach
 
-    log_file = config.log_file or config.cache / "weightfs.log"
+    log_file = _log_file(config)
     warnings = detach(work, log_file, lambda: set_up_logging(config, log_file))
     for warning in warnings:
         say(f"warning: {warning}")

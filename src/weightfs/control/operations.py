@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -18,7 +18,7 @@ from weightfs.control.ports import BlobStatusLike, Document, EngineLike, StoredR
 from weightfs.core.manifest import Blob, BlobId, Trust
 from weightfs.core.names import identity
 from weightfs.core.ref import Ref, parse_ref
-from weightfs.errors import FailureKind, RefError, SourceError
+from weightfs.errors import FailureKind, RefError, SourceError, UsageError
 
 T = TypeVar("T")
 
@@ -48,6 +48,9 @@ class ProcessInfo:
     cache: Path
     mountpoint: Path | None
     started_at: int  # seconds since the epoch
+    reload: Callable[[], Awaitable[object]] | None = (
+        None  # reads the configuration again; None: it has no need to
+    )
 
 
 class EngineOperations:
@@ -119,6 +122,15 @@ class EngineOperations:
     async def gc(self, *, dry_run: bool) -> Document:
         """Evict what is too old or beyond the limits."""
         document: Document = to_json(await self._engine.gc(dry_run=dry_run))
+        return document
+
+    async def reload(self) -> Document:
+        """Read the configuration again."""
+        if self._info.reload is None:
+            raise UsageError(
+                f"weightfs {self._info.role} has this cache and ends by itself; only a mount is reloaded"
+            )
+        document: Document = to_json(await self._info.reload())
         return document
 
     async def start_fill(self, ref: str) -> Document:

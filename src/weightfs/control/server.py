@@ -96,6 +96,7 @@ def make_app(operations: Operations) -> Starlette:
             ("POST", "/v1/update", _update),
             ("POST", "/v1/pin", _pin),
             ("POST", "/v1/gc", _gc),
+            ("POST", "/v1/reload", _reload),
             ("POST", "/v1/fill", _fill),
             ("POST", "/v1/verify", _verify),
             ("GET", "/v1/headers", _headers),
@@ -175,6 +176,10 @@ async def _map(operations: Operations, request: Request) -> Response:
 
 async def _job(operations: Operations, request: Request) -> Document:
     return await operations.job(request.path_params["job"], wait=_seconds(request))
+
+
+async def _reload(operations: Operations, _: Request) -> Document:
+    return await operations.reload()
 
 
 async def _cancel(operations: Operations, request: Request) -> Document:
