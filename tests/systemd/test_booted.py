@@ -202,6 +202,28 @@ def test_the_scrub_asks_the_running_service(machine: Machine, read: Callable[[],
     assert machine.show("weightfs-verify.timer", "ActiveState") == "active"
 
 
+def test_a_reload_takes_over_what_may_change_and_refuses_what_is_wrong(
+    machine: Machine, read: Callable[[], None]
+) -> None:
+    settings = "/etc/weightfs/config.toml"
+    before, pid = machine.path(settings).read_text(), machine.show(SERVICE, "MainPID")
+    machine.write(settings, f'{before}max-size = "1GiB"\n')
+    machine.run("systemctl", "reload", SERVICE)
+    status = json.loads(machine.run(WEIGHTFS, "status", "--json", "--cache", CACHE))
+    assert status["limit_bytes"] == 1 << 30
+    machine.write(settings, f"{before}max-sise = 1\n")
+    machine.run("systemctl", "reload", SERVICE, check=False)
+    machine.run("systemctl", "kill", "--kill-who=main", "--signal=HUP", SERVICE)
+    wrong = "unknown key 'max-sise'; the nearest known one is 'max-size'"
+    until(lambda: machine.journal().count(wrong) == 2, "both ways say it in the journal")
+    assert "the old one stays" in machine.journal()
+    machine.write(settings, before)
+    status = json.loads(machine.run(WEIGHTFS, "status", "--json", "--cache", CACHE))
+    assert (status["limit_bytes"], str(status["pid"])) == (1 << 30, pid)
+    read()
+    machine.run("systemctl", "reload", SERVICE)
+
+
 def test_a_killed_daemon_comes_back(machine: Machine, read: Callable[[], None], model: str) -> None:
     restarts = machine.show(SERVICE, "NRestarts")
     machine.run("kill", "-KILL", machine.show(SERVICE, "MainPID"))

@@ -104,7 +104,9 @@ def test_the_instance_differs_in_its_names_alone(tree: Path) -> None:
         lines = (tree / "etc/systemd/system" / unit).read_text().splitlines()
         kept = {line for line in lines if "=" in line and not line.startswith("#")}
         return {
-            line for line in kept if not line.startswith(("Description=", "ExecStart=", "CacheDirectory="))
+            line
+            for line in kept
+            if not line.startswith(("Description=", "ExecStart=", "ExecReload=", "CacheDirectory="))
         }
 
     assert {

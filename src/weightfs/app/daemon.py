@@ -8,7 +8,9 @@ stays and asks again and again.
 from __future__ import annotations
 
 import logging
+import os
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,13 @@ from typing import Final
 import trio
 
 from weightfs.app import notify, registry, standing
+from weightfs.app.fdstore import FdStore
 from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
 from weightfs.app.measuring import mount_measures
 from weightfs.app.memory import give_back_buffers
+from weightfs.app.reloading import Reloader
 from weightfs.control.metrics import Scraper
 from weightfs.control.metrics_port import serve_metrics
 from weightfs.control.operations import ProcessInfo
@@ -49,6 +53,8 @@ RESOLVE_AT_ONCE: Final = 4
 RETRY_BASE: Final = 1.0
 RETRY_CAP: Final = 60.0
 LAYOUTS: Final = (ModelsLayout(), OllamaLayout(), HuggingFaceLayout())
+# The exit code after SIGUSR1: "start me again" (sysexits.h calls 75 a temporary failure). The units know it.
+AGAIN: Final = 75
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +71,15 @@ class MountOrder:
     metrics_listen: tuple[str, int] | None = None  # a loopback address and a port
 
 
-def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> int:
-    """Serve until a signal or until unmounted from outside; the exit code.
+def run_mount(
+    order: MountOrder, on_ready: Callable[[Sequence[str]], None], reread: Callable[[], MountOrder]
+) -> int:
+    """Serve until a signal or until unmounted from outside; the exit code, which is `AGAIN` after SIGUSR1.
 
     Args:
         order: What to do.
         on_ready: Called once, when the mount serves and every new ref has been asked for, with warnings.
+        reread: What the configuration says now, for `weightfs reload`; UsageError. Called in a thread.
 
     Raises:
         WeightfsError: It could not start, or the mount broke.
@@ -84,17 +93,26 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
 
     give_back_buffers()
     tell_on_signal()
+    store = FdStore.from_environment(os.environ)
+    work = partial(_serve, order, on_ready, store, Reloader(order, reread))
     try:
-        trio.run(partial(run_until_signal, partial(_serve, order, on_ready), last_resort=detach_at_once))
+        signum = trio.run(partial(run_until_signal, work, last_resort=detach_at_once, leave=store.leave))
     except BaseExceptionGroup as group:
         raise most_telling(group) from group
-    return 0
+    return AGAIN if signum == signal.SIGUSR1 else 0
 
 
-async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> None:
+async def _serve(
+    order: MountOrder, on_ready: Callable[[Sequence[str]], None], store: FdStore, reloader: Reloader
+) -> None:
     stats = MountStats()
     info = ProcessInfo(
-        "mount", order.cache, order.mountpoint, int(time.time()), partial(mount_measures, stats)
+        "mount",
+        order.cache,
+        order.mountpoint,
+        int(time.time()),
+        mount_measures=partial(mount_measures, stats),
+        reload=reloader.reload,
     )
     notify.notify("STATUS=opening the cache")
     async with (
@@ -104,15 +122,16 @@ async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -
         if order.metrics_listen is not None:
             scraper = Scraper(engine, info.mount_measures)
             nursery.start_soon(serve_metrics, scraper, *order.metrics_listen)
-        mounted = await nursery.start(_mount, order, engine, stats, nursery.cancel_scope)
+        mounted = await nursery.start(_mount, order, engine, stats, nursery.cancel_scope, store)
         operations.requests = stats.requests
         with registry.registered(mounted.path, order.cache):
             try:
-                await _greet(order, engine, mounted, nursery, on_ready)
+                await _greet(order, engine, mounted, nursery, on_ready, reloader)
                 await trio.sleep_forever()
             finally:
                 # Before the end begins: the manager bounds it from here on, and wants no pings any more.
-                notify.notify("STOPPING=1\nSTATUS=unmounting, and committing what has landed")
+                doing = "leaving the mount to the next one" if store.leaving else "unmounting"
+                notify.notify(f"STOPPING=1\nSTATUS={doing}, and committing what has landed")
 
 
 async def _mount(
@@ -120,10 +139,13 @@ async def _mount(
     engine: Engine,
     stats: MountStats,
     scope: trio.CancelScope,
+    store: FdStore,
     task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve, and end everything when somebody unmounts from outside."""
-    await serve(order.mountpoint, engine, LAYOUTS, order.mount, stats=stats, task_status=task_status)
+    await serve(
+        order.mountpoint, engine, LAYOUTS, order.mount, stats=stats, keeper=store, task_status=task_status
+    )
     log.info("%s was unmounted", order.mountpoint)
     scope.cancel()
 
@@ -134,6 +156,7 @@ async def _greet(
     mounted: Mounted,
     nursery: trio.Nursery,
     on_ready: Callable[[Sequence[str]], None],
+    reloader: Reloader,
 ) -> None:
     log.info("%s serves the cache %s", mounted.path, order.cache)
     notify.notify("READY=1")
@@ -142,12 +165,15 @@ async def _greet(
         nursery.start_soon(standing.keep_alive, mounted, engine, interval)
     if notify.has_manager():
         nursery.start_soon(standing.tell_status, engine)
+        await nursery.start(reloader.on_hangup)  # in a terminal that is closed SIGHUP means something else
     known = {identity(stored.manifest.ref) for stored in engine.refs()}
     new = [ref for ref in order.refs if identity(str(ref)) not in known]
     answers = _FirstAnswers(engine, nursery)
     with trio.move_on_after(FIRST_ANSWERS):
         await answers.ask(new)
+    reloader.serve(engine, answers.begin)
     on_ready(answers.warnings)
+    notify.notify(f"{notify.STARTED}=1")
 
 
 class _FirstAnswers:
@@ -161,15 +187,23 @@ class _FirstAnswers:
 
     async def ask(self, refs: Sequence[Ref]) -> None:
         """Return when each has been answered or found out of reach; the first permanent error is raised."""
-        pending = [_Pending(ref) for ref in refs]
-        for one in pending:
-            self._nursery.start_soon(self._resolve, one)
-        for one in pending:
+        for one in self._begin(refs):
             await one.asked.wait()
             if one.error is not None:
                 raise one.error
             if one.warning:
                 self.warnings.append(one.warning)
+
+    def begin(self, refs: Sequence[Ref]) -> None:
+        """The same without waiting: what goes wrong is in the log."""
+        for one in self._begin(refs):
+            one.asked.set()
+
+    def _begin(self, refs: Sequence[Ref]) -> list[_Pending]:
+        pending = [_Pending(ref) for ref in refs]
+        for one in pending:
+            self._nursery.start_soon(self._resolve, one)
+        return pending
 
     async def _resolve(self, one: _Pending) -> None:
         attempt = 0

@@ -71,7 +71,7 @@ def _open_log(log_file: Path) -> int:
 def _child(work: Callable[[Ready], int], output: int, writing: int, on_start: Callable[[], None]) -> None:
     code = 1
     told = False
-    managed = _in_managers_group()
+    managed = in_managers_group()
 
     def tell(word: dict[str, Any]) -> None:
         nonlocal told
@@ -112,7 +112,8 @@ def _child(work: Callable[[Ready], int], output: int, writing: int, on_start: Ca
         os._exit(code)
 
 
-def _in_managers_group() -> bool:
+def in_managers_group() -> bool:
+    """Whether this process may pass an automount point that waits for its mount."""
     try:
         return os.getpgrp() == os.getpgid(1)
     except OSError:  # a security module may forbid the question

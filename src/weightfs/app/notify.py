@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+STARTED = "X_WEIGHTFS_STARTED"  # =1: it serves, and every new ref has been asked for; for `supervisor`
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +23,8 @@ def _address(env: Mapping[str, str]) -> str:
     return address if address.startswith(("/", "@")) else ""
 
 
-def notify(message: str, env: Mapping[str, str] | None = None) -> bool:
-    """Send `message` (for example `READY=1`); whether it was sent."""
+def notify(message: str, env: Mapping[str, str] | None = None, fds: Sequence[int] = ()) -> bool:
+    """Send `message` (for example `READY=1`), with copies of descriptors; whether it was sent."""
     address = _address(os.environ if env is None else env)
     if not address:
         return False
@@ -32,7 +34,10 @@ def notify(message: str, env: Mapping[str, str] | None = None) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             sock.setblocking(False)
             sock.connect(address)
-            sock.send(message.encode())
+            if fds:
+                socket.send_fds(sock, [message.encode()], fds)
+            else:
+                sock.send(message.encode())
     except OSError as error:
         log.warning("the service manager could not be told %r: %s", message, error.strerror)
         return False

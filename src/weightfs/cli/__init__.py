@@ -21,6 +21,7 @@ from weightfs.cli.mapping import map_
 from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
 from weightfs.cli.pulling import pull
+from weightfs.cli.reloading import reload
 from weightfs.cli.steering import fill, pause, resume
 from weightfs.cli.topping import top
 
@@ -63,7 +64,7 @@ def cli() -> None:
 
 
 for command in (
-    *(mount, umount, add, pull, update, pin, unpin, fill, pause, resume),
+    *(mount, umount, reload, add, pull, update, pin, unpin, fill, pause, resume),
     *(status, top, ls, map_, verify, gc, rm, link, env, publish, doctor, debug, config, completion),
 ):
     cli.add_command(command)

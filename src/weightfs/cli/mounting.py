@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -66,24 +68,81 @@ DAEMON_END: Final = 20.0  # seconds
     help="Metrics for Prometheus on this loopback port.  [default: off]",
 )
 @click.option("-d", "--detach", is_flag=True, help="Run in the background; return when the mount serves.")
+@click.option(
+    "--supervise",
+    is_flag=True,
+    help="Let a small parent start the daemon again when it ends; what is open goes on (Linux 6.9).",
+)
 @limit_options
 @fetch_options
 @cache_options
 @click.pass_context
-def mount(ctx: click.Context, /, mountpoint: str, refs: tuple[str, ...], detach: bool, **_: object) -> int:
+def mount(
+    ctx: click.Context, /, mountpoint: str, refs: tuple[str, ...], detach: bool, supervise: bool, **_: object
+) -> int:
     """Present models at MOUNTPOINT, at full size, at once; their bytes are fetched as they are read.
 
     All refs in the cache are there, and the REFs given. A ref that the cache knows is served without asking anybody;
     a new one is asked for as soon as the mount is up. Stays in the foreground until Ctrl-C, SIGTERM or
     `weightfs umount`, unless --detach is given.
     """
+    from weightfs.app import supervisor
+
+    supervised = supervisor.is_child(os.environ)  # started with the same command line as the supervisor
+    detach, supervise = detach and not supervised, supervise and not supervised
     config = load_config(ctx, level="info", log=not detach)
+    if supervise:
+        return _supervise(config, mountpoint, detach=detach)
     order = _order(ctx, config, mountpoint, refs)
-    if detach:
-        return _detach(config, order)
     from weightfs.app.daemon import run_mount
 
-    return run_mount(order, _told_by_the_log)
+    directory = Path.cwd()
+
+    def reread() -> MountOrder:
+        with contextlib.chdir(directory):  # what detaches has left it; relative paths still belong to it
+            new = load_config(ctx, level="info", log=False)
+            found = _order(ctx, new, mountpoint, refs)
+            set_up_logging(new, _log_file(new) if detach else None)
+            return found
+
+    if detach:
+        return _detach(config, lambda ready: run_mount(order, ready, reread))
+    return run_mount(order, _told_by_the_log, reread)
+
+
+def _supervise(config: Config, mountpoint: str, *, detach: bool) -> int:
+    """Stay small: what the daemon needs is not imported here."""
+    if os.environ.get("NOTIFY_SOCKET"):
+        raise UsageError(
+            "a service manager runs this already; it can keep the mount itself: see docs/systemd.md"
+        )
+    from weightfs.app import detach as detaching
+    from weightfs.app.supervisor import Supervisor
+
+    directory = Path.cwd()
+    command = [sys.executable, *sys.orig_argv[1:]]
+
+    def work(ready: Callable[[Sequence[str]], None]) -> int:
+        # Below an automount point the daemon has to stay in the service manager's process group: see `detaching`.
+        own_group = not detaching.in_managers_group()
+        supervisor = Supervisor(command, directory, on_started=lambda: ready([]), own_group=own_group)
+        try:
+            return supervisor.run()
+        finally:
+            _clear_dead_mount(directory / Path(mountpoint).expanduser())
+
+    return _detach(config, work) if detach else work(_told_by_the_log)
+
+
+def _clear_dead_mount(mountpoint: Path) -> None:
+    """A daemon that could not end in order has left it."""
+    from weightfs.errors import MountError
+    from weightfs.mount.mounttable import HELPER_TIMEOUT, bounded, canonical, detach_stale
+
+    try:
+        bounded(lambda: detach_stale(canonical(mountpoint)), 2 * HELPER_TIMEOUT, str(mountpoint))
+    except MountError as error:
+        say(f"warning: {error}")
 
 
 def _told_by_the_log(_: Sequence[str]) -> None:
@@ -121,14 +180,15 @@ def _order(ctx: click.Context, config: Config, mountpoint: str, refs: tuple[str,
     )
 
 
-def _detach(config: Config, order: MountOrder) -> int:
-    from weightfs.app.daemon import run_mount
+def _log_file(config: Config) -> Path:
+    return config.log_file or config.cache / "weightfs.log"
+
+
+def _detach(config: Config, work: Callable[[Callable[[Sequence[str]], None]], int]) -> int:
     from weightfs.app.detach import detach
 
-    log_file = config.log_file or config.cache / "weightfs.log"
-    warnings = detach(
-        lambda ready: run_mount(order, ready), log_file, lambda: set_up_logging(config, log_file)
-    )
+    log_file = _log_file(config)
+    warnings = detach(work, log_file, lambda: set_up_logging(config, log_file))
     for warning in warnings:
         say(f"warning: {warning}")
     return 0

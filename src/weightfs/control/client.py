@@ -92,6 +92,10 @@ class ControlClient:
             self._http, self._cache, "POST", "/v1/gc", {"dry_run": dry_run}, timeout=REMOVE_TIMEOUT
         )
 
+    async def reload(self) -> Document:
+        """Read the configuration again."""
+        return await _ask(self._http, self._cache, "POST", "/v1/reload", {})
+
     async def start_fill(self, ref: str) -> Document:
         """Begin to complete."""
         return await _ask(self._http, self._cache, "POST", "/v1/fill", {"ref": ref})

@@ -58,6 +58,9 @@ class ProcessInfo:
     mountpoint: Path | None
     started_at: int  # seconds since the epoch
     mount_measures: Callable[[], MountMeasures] | None = None  # what a mount counts, at the time of the call
+    reload: Callable[[], Awaitable[object]] | None = (
+        None  # reads the configuration again; None: there is no need
+    )
 
 
 class EngineOperations:
@@ -163,6 +166,15 @@ class EngineOperations:
     async def gc(self, *, dry_run: bool) -> Document:
         """Evict what is too old or beyond the limits."""
         document: Document = to_json(await self._engine.gc(dry_run=dry_run))
+        return document
+
+    async def reload(self) -> Document:
+        """Read the configuration again."""
+        if self._info.reload is None:
+            raise UsageError(
+                f"weightfs {self._info.role} has this cache and ends by itself; only a mount is reloaded"
+            )
+        document: Document = to_json(await self._info.reload())
         return document
 
     async def start_fill(self, ref: str) -> Document:

@@ -257,6 +257,10 @@ class Operations(Protocol):
         """Evict what is too old or beyond the limits, or only say what: the fields of `engine.status.GcReport`."""
         ...
 
+    async def reload(self) -> Document:
+        """Read the configuration again: `{at_next_start, added}`. UsageError if it is wrong: the old one stays."""
+        ...
+
     async def start_fill(self, ref: str) -> Document:
         """Begin to complete and seal every blob of `ref`; the job's document."""
         ...

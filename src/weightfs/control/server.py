@@ -119,6 +119,7 @@ def make_app(operations: Operations, scraper: Scraper | None = None) -> Starlett
             ("POST", "/v1/mode", _mode),
             ("POST", "/v1/pause", _pause),
             ("POST", "/v1/gc", _gc),
+            ("POST", "/v1/reload", _reload),
             ("POST", "/v1/fill", _fill),
             ("POST", "/v1/verify", _verify),
             ("GET", "/v1/headers", _headers),
@@ -249,6 +250,10 @@ async def _large(document: Document) -> Response:
 
 async def _job(operations: Operations, request: Request) -> Document:
     return await operations.job(request.path_params["job"], wait=_seconds(request))
+
+
+async def _reload(operations: Operations, _: Request) -> Document:
+    return await operations.reload()
 
 
 async def _cancel(operations: Operations, request: Request) -> Document:

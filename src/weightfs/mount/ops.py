@@ -44,6 +44,7 @@ from weightfs.mount.inodes import (
     RegularNode,
     SliceNode,
 )
+from weightfs.mount.ledger import Entry, Ledger
 from weightfs.mount.passthrough import Answered, Passthrough
 from weightfs.mount.penance import Penance, Sentence
 from weightfs.mount.ports import MountedEngine, Status
@@ -58,9 +59,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Open:
-    """An inode with handles. The first one decides how it is read: by itself if `backing` is a number, else by us."""
+    """An inode with handles. The first one decides how it is read: by itself if `backing` is a number, else by us.
 
-    node: RegularNode
+    `node` is None if its name went while no daemon was there.
+    """
+
+    node: RegularNode | None
     handles: int = 0
     decided: trio.Event | None = None
     backing: int | None = None
@@ -116,8 +120,10 @@ class WeightOperations(pyfuse3.Operations):
         passthrough: Passthrough | None = None,
         browser: Browser | None = None,
         settled: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
+        ledger: Ledger | None = None,
     ) -> None:
         super().__init__()
+        self._ledger = Ledger() if ledger is None else ledger
         self._settled = settled  # returns when the tree is as new as what is pinned
         self.stats = stats
         self._requests = stats.requests
@@ -131,6 +137,23 @@ class WeightOperations(pyfuse3.Operations):
         self._penance = Penance()
         self._stopping = trio.Event()
         self._about = Attributes()
+        for entry in self._ledger.entries():
+            self._inherit(entry)
+
+    def _inherit(self, entry: Entry) -> None:
+        """The kernel has this open since an earlier daemon's time."""
+        node = self._namespace.node(entry.ino)
+        decided = trio.Event()
+        decided.set()
+        held = _Open(node if isinstance(node, RegularNode) else None, entry.handles, decided)
+        if entry.backing:
+            held.backing = entry.backing
+            self._passthrough.lent += 1
+            self.stats.passed_files += 1
+        self._open[entry.ino] = held
+        if held.node is not None:
+            for _ in range(entry.handles):
+                self._note_opened(held.node)
 
     def show(self, namespace: Namespace, now: int) -> None:
         """Replace the tree of names, as of `now` (seconds since 1970, the directories' mtime)."""
@@ -239,7 +262,12 @@ class WeightOperations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise FUSEError(errno.EROFS)
         held = self._open.setdefault(inode, _Open(node))
+        if held.node is None:  # its name had gone, and came back
+            held.node = node
+            for _ in range(held.handles):
+                self._note_opened(node)
         held.handles += 1
+        self._ledger.opened(inode)
         self._note_opened(node)
         if inode & DIRECT and isinstance(node, FileNode):
             try:
@@ -248,7 +276,7 @@ class WeightOperations(pyfuse3.Operations):
                 if isinstance(outcome, Answered) and outcome.delivered:
                     self.stats.passed_opens += 1
                 else:  # the kernel has no handle that it would release
-                    self._released(inode)
+                    self._forgotten(inode, self._released(inode))
                 raise
         # A blob that was removed and pinned again may have been wrong before: its first open drops the old pages.
         kept = inode in self._kept or isinstance(node, InlineNode)
@@ -274,35 +302,47 @@ class WeightOperations(pyfuse3.Operations):
                     lend = functools.partial(self._passthrough.lend, path, blob.size)
                     with contextlib.suppress(OverdueError):  # then through us: `open` does not fail
                         held.backing = await self._requests.wait(lend)
-                    self.stats.passed_files += held.backing is not None
+                if held.backing is not None:
+                    self.stats.passed_files += 1
+                    self._ledger.lent(inode, held.backing)
             finally:
                 held.decided.set()
         await held.decided.wait()
         if held.backing is None:
             return
-        if self._engine.backing(blob.id) is None:
+        if self._engine.backing(blob.id) is None or not self._passthrough.able:
             # A chunk turned out to be bad, or the name is gone, while others have the inode open in a way that this
-            # handle would have to follow. On ESTALE the kernel looks the name up again, and opens what it leads to now.
+            # handle would have to follow; or the self-test of a daemon that took them over is not done. On ESTALE the
+            # kernel looks the name up again, and opens what it leads to now.
             raise FUSEError(errno.ESTALE)
         self._passthrough.answer(inode, held.backing)
 
     @_guarded
     async def release(self, fh: FileHandleT) -> None:
         """The last handle's release forgets the node."""
-        self._released(fh)
+        backing = self._released(fh)
+        # Not before the answer, which comes without a pause: an unanswered RELEASE is sent again to the next daemon.
+        trio.lowlevel.current_trio_token().run_sync_soon(self._forgotten, fh, backing)
 
-    def _released(self, fh: int) -> None:
+    def _released(self, fh: int) -> int | None:
+        """One handle less; the backing file that nobody needs any more."""
         held = self._open.get(fh)
         if held is None:
-            return
-        held.handles -= 1
-        if not held.handles:
-            del self._open[fh]
-            if held.backing is not None:
-                self.stats.passed_files -= 1
-                self._passthrough.take_back(held.backing)
-        if not isinstance(held.node, InlineNode):
+            return None
+        if held.node is not None and not isinstance(held.node, InlineNode):
             self._engine.released(held.node.blob.id)
+        held.handles -= 1
+        if held.handles:
+            return None
+        del self._open[fh]
+        return held.backing
+
+    def _forgotten(self, fh: int, backing: int | None) -> None:
+        """What `_released` says holds for the next daemon, too."""
+        self._ledger.released(fh)
+        if backing is not None:
+            self.stats.passed_files -= 1
+            self._passthrough.take_back(backing)
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -419,7 +459,7 @@ class WeightOperations(pyfuse3.Operations):
             node = self._browser.directory(inode)
         if node is None:
             held = self._open.get(inode)
-            if held is None:
+            if held is None or held.node is None:
                 raise FUSEError(errno.ESTALE)
             node = held.node
         return node

@@ -159,6 +159,11 @@ class Passthrough:
         self._tester = -1
         self._tested: int | None = None
 
+    @property
+    def able(self) -> bool:
+        """Whether an OPEN can be answered: the self-test has found out how."""
+        return self._requests is not None and self._requests.word >= 0
+
     # --- starting
 
     @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """The life of a mount: connect, serve, and go without leaving anything behind.
 
-This process never touches its own mount on the loop's thread: whoever does waits for himself. At the end the
-order is fixed: fail the reads, unmount while requests are still answered, and only then stop answering.
+This process never touches its own mount: whoever does waits for himself, and a thread that waits for an answer that a
+killed daemon owes keeps that from ending. At the end the order is fixed: fail the reads, unmount while requests are
+still answered, and only then stop answering. A daemon that leaves its mount to the next one (`takeover`) does none of
+that: it stops answering, and lets go.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from weightfs.mount.inodes import Namespace
 from weightfs.mount.ops import WeightOperations
 from weightfs.mount.passthrough import Passthrough
 from weightfs.mount.ports import MountedEngine
-from weightfs.mount.session import Connection, Handover, MountOptions, connect, guarded_reads
+from weightfs.mount.session import Connection, Handover, MountOptions, guarded_reads
 from weightfs.mount.stats import MountStats
+from weightfs.mount.takeover import Hold, Keeper, obtain
 from weightfs.mount.trees import Trees
 from weightfs.mount.watchdog import Watchdog
 
@@ -49,18 +52,16 @@ class Mounted:
     _limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
 
     async def probe(self, timeout: float = PROBE_TIMEOUT) -> bool:  # noqa: ASYNC109 - part of the question
-        """Whether the mount answers a statvfs, asked from a thread; one such thread at most, ever."""
+        """Whether the mount answers a statvfs, asked by another process; one such question at most at a time."""
+        health = mounttable.Health.SILENT
         with trio.move_on_after(timeout):
-            try:
-                await trio.to_thread.run_sync(
-                    os.statvfs, self.path, abandon_on_cancel=True, limiter=self._limiter
-                )
-            except OSError as error:
-                _log.warning("The mount at %s does not answer: %s", self.path, error.strerror)
-                return False
-            return True
-        _log.warning("The mount at %s did not answer within %g s", self.path, timeout)
-        return False
+            ask = partial(mounttable.probe, self.path, timeout)
+            health = await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=self._limiter)
+        if health is mounttable.Health.SILENT:
+            _log.warning("The mount at %s did not answer within %g s", self.path, timeout)
+        elif health is mounttable.Health.STALE:
+            _log.warning("The mount at %s does not answer: %s", self.path, os.strerror(errno.ENOTCONN))
+        return health is mounttable.Health.ALIVE
 
 
 async def serve(
@@ -70,20 +71,24 @@ async def serve(
     options: MountOptions | None = None,
     *,
     stats: MountStats | None = None,
+    keeper: Keeper | None = None,
     task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Mount `engine`'s manifests and serve them until cancelled, or until unmounted from outside.
 
     `task_status` is told when the mount answers. In the main thread SIGALRM is used (see
-    `session.guarded_reads`).
+    `session.guarded_reads`). What `keeper` kept for us is taken over; and if it says at the end that this daemon is
+    leaving, the mount stays as it is.
 
     Raises:
         MountError: the mount could not be made, or its connection broke.
     """
     options = options or MountOptions()
     stats = stats if stats is not None else MountStats()
-    connection = await trio.to_thread.run_sync(connect, mountpoint, options)
-    handover = Handover(connection)
+    hold = await trio.to_thread.run_sync(obtain, mountpoint, options, keeper)
+    connection = hold.connection
+    handover = Handover(connection, resumed=hold.resumed)
+    left = False
     try:
         passthrough = Passthrough(lambda: handover.fd)
         trees = Trees(engine, layouts)
@@ -95,18 +100,29 @@ async def serve(
             passthrough,
             _browser(engine, options),
             trees.settled,
+            hold.ledger,
         )
         with _rebuilding(operations, engine, trees):
             handover.attach(operations)
-            session = _Session(connection, handover, operations, engine, options, passthrough, trees)
+            session = _Session(hold, handover, operations, engine, options, passthrough, trees, keeper)
             with guarded_reads(handover.fd, session.lost), _quiet_pyfuse3(), passthrough.installed():
-                await session.run(stats, task_status)
+                try:
+                    await session.run(stats, task_status)
+                finally:
+                    left = session.left
     finally:
         handover.close()
-        with trio.CancelScope(shield=True), trio.move_on_after(mounttable.HELPER_TIMEOUT):
-            await trio.to_thread.run_sync(_leave_nothing, connection, abandon_on_cancel=True)
+        if not left:
+            await _end(connection, keeper)
         with trio.CancelScope(shield=True):
             await stats.requests.shelter.drained()  # the mount is gone; what it used may be closed next
+
+
+async def _end(connection: Connection, keeper: Keeper | None) -> None:
+    if keeper is not None:
+        keeper.drop()
+    with trio.CancelScope(shield=True), trio.move_on_after(mounttable.HELPER_TIMEOUT):
+        await trio.to_thread.run_sync(_leave_nothing, connection, abandon_on_cancel=True)
 
 
 def bounds_of(engine: MountedEngine, options: MountOptions) -> Bounds:
@@ -143,16 +159,21 @@ class _Session:
 
     def __init__(
         self,
-        connection: Connection,
+        hold: Hold,
         handover: Handover,
         operations: WeightOperations,
         engine: MountedEngine,
         options: MountOptions,
         passthrough: Passthrough,
         trees: Trees,
+        keeper: Keeper | None,
     ) -> None:
+        self.left = False  # the mount is the next daemon's
         self._trees = trees
-        self._connection = connection
+        self._hold = hold
+        self._inherited = len(hold.ledger)
+        self._keeper = keeper
+        self._connection = hold.connection
         self._handover = handover
         self._operations = operations
         self._engine = engine
@@ -163,6 +184,7 @@ class _Session:
         self._scope = trio.CancelScope(
             shield=True
         )  # the loop outlives a cancellation, to serve until the unmount
+        self._trees_scope = trio.CancelScope(shield=True)  # and so does what makes the trees
         self._failure: BaseException | None = None
 
     async def run(self, stats: MountStats, task_status: trio.TaskStatus[Mounted]) -> None:
@@ -178,15 +200,19 @@ class _Session:
         mounted = Mounted(path, self._connection.device, stats)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._loop)
-            nursery.start_soon(self._trees.run)
+            nursery.start_soon(self._make_trees)
             bounds = partial(bounds_of, self._engine, self._options)
             nursery.start_soon(Watchdog(stats.requests, bounds, self._engine.explain).run)
             try:
-                if not await mounted.probe() and not self._over.is_set():
+                answers = await mounted.probe() and self._handover.failure is None
+                if not answers and not self._over.is_set():
                     self._failure = self._handover.failure or TimeoutError(
                         "it did not answer its own statvfs"
                     )
                     return  # through `finally`; raised below the nursery, which would wrap it
+                self._hold.ledger.attempts = 0
+                if self._hold.resumed:
+                    _log.info("The mount at %s goes on, with %d files that are open", path, self._inherited)
                 if self._options.passthrough and not self._over.is_set():
                     await self._passthrough.start(path, agreed=self._connection.passthrough)
                 task_status.started(mounted)
@@ -211,8 +237,20 @@ class _Session:
                 self._over.set()
                 self._ended.set()
 
+    async def _make_trees(self) -> None:
+        with self._trees_scope:
+            await self._trees.run()
+
     async def _stop(self) -> None:
         """Fail the reads, unmount while requests are still answered, and end the loop: each within bounds."""
+        if self._hold.kept and self._keeper is not None and self._keeper.leaving and not self._over.is_set():
+            # Nothing may wake a handler before it is cancelled: its answer would be an error, and the last word.
+            self.left = self._failure is None
+        if self.left:
+            self._scope.cancel()
+            self._trees_scope.cancel()
+            return
+        self._trees.stop()
         self._operations.stop_holding()
         self._engine.fail_reads()
         if not self._ended.is_set():
@@ -223,6 +261,7 @@ class _Session:
                 pyfuse3.terminate()
                 await self._wait_for_end()
         self._scope.cancel()
+        self._trees_scope.cancel()
 
     async def _take_away(self) -> bool:
         """Unmount, or detach a busy mount when the time is over. True: the kernel will end the connection."""

@@ -56,6 +56,8 @@ _MAX_PAGES_FLAG = 1 << 22
 _CACHE_SYMLINKS = 1 << 23
 _INIT_EXT = 1 << 30
 _PASSTHROUGH2 = 1 << 5  # of flags2: bit 37
+_HAS_RESEND2 = 1 << 7  # bit 39
+_NOTIFY_RESEND = 7  # where a reply has its error: FUSE_NOTIFY_RESEND; such a message has the unique id 0
 _STACK_DEPTH = 1  # the cache's filesystem may not be stacked itself (overlayfs)
 # Not AUTO_INVAL_DATA: a new mtime would throw pages away. Not READDIRPLUS_AUTO: pyfuse3 has no plain readdir.
 _WANTED = (
@@ -104,6 +106,7 @@ class Connection:
     kernel_minor: int
     flags: int
     passthrough: bool = False  # the kernel has agreed to it
+    resend: bool = False  # it can send again what was read and not answered
 
 
 def connect(mountpoint: Path, options: MountOptions) -> Connection:
@@ -112,7 +115,7 @@ def connect(mountpoint: Path, options: MountOptions) -> Connection:
     privileged = mounttable.has_mount_privilege()
     fd = _mount_directly(path, options) if privileged else _mount_by_helper(path, options)
     try:
-        minor, flags, passthrough = _answer_init(fd, path, passthrough=options.passthrough and privileged)
+        agreed = _answer_init(fd, path, passthrough=options.passthrough and privileged)
         device = mounttable.mounts_at(path)[-1].device
     except BaseException:
         os.close(fd)  # ends the connection; then the dead mount can go
@@ -120,7 +123,7 @@ def connect(mountpoint: Path, options: MountOptions) -> Connection:
             mounttable.take_away(path, lazy=True)
         raise
     _raise_read_ahead(device, options.read_ahead_kib)
-    return Connection(fd, path, device, minor, flags, passthrough)
+    return Connection(fd, path, device, *agreed)
 
 
 def _prepare(mountpoint: Path) -> Path:
@@ -234,8 +237,8 @@ def _helper_error(path: Path, said: str) -> MountError:
     return MountError(f"fusermount3 could not mount at {path}: {said or 'it gave no reason'}.")
 
 
-def _answer_init(fd: int, path: Path, *, passthrough: bool) -> tuple[int, int, bool]:
-    """Read the kernel's FUSE_INIT and answer it; its minor version, the flags that both sides have, and passthrough."""
+def _answer_init(fd: int, path: Path, *, passthrough: bool) -> tuple[int, int, bool, bool]:
+    """Read the kernel's FUSE_INIT and answer it; its minor version, the flags of both sides, passthrough, resend."""
     ready = select.poll()
     ready.register(fd, select.POLLIN)
     if not ready.poll(INIT_TIMEOUT * 1000):
@@ -266,7 +269,7 @@ def _answer_init(fd: int, path: Path, *, passthrough: bool) -> tuple[int, int, b
         _STACK_DEPTH if passthrough else 0,
     )
     os.write(fd, _OUT_HEADER.pack(_OUT_HEADER.size + len(answer), 0, unique) + answer)
-    return minor, agreed, passthrough
+    return minor, agreed, passthrough, bool(flags2 & _HAS_RESEND2)
 
 
 def _raise_read_ahead(device: str, kib: int) -> None:
@@ -280,13 +283,15 @@ def _raise_read_ahead(device: str, kib: int) -> None:
 class Handover:
     """libfuse's half: `attach` calls `pyfuse3.init`, `takeover` belongs into its `init` operation.
 
-    One at a time in a process: pyfuse3 has one session.
+    One at a time in a process: pyfuse3 has one session. With `resumed` the connection was another daemon's: what that
+    one had read and not answered is asked for again.
     """
 
     _busy = threading.Lock()
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, resumed: bool = False) -> None:
         self._device = connection.fd
+        self._resumed = resumed
         self._ours: socket.socket | None = None
         self._attached = False
         self.fd = -1
@@ -315,6 +320,8 @@ class Handover:
         """The kernel's descriptor takes libfuse's place. Never raises: `init` cannot carry an exception."""
         try:
             os.dup2(self._device, self.fd, inheritable=False)
+            if self._resumed:
+                os.write(self.fd, _OUT_HEADER.pack(_OUT_HEADER.size, _NOTIFY_RESEND, 0))
         except OSError as error:
             self.failure = error
             return

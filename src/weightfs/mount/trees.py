@@ -75,8 +75,12 @@ class Trees:
                 self._wake = trio.Event()
                 await self._remake()
         finally:
-            self._stopped = True
-            self._settled.set()
+            self.stop()
+
+    def stop(self) -> None:
+        """The mount is about to go: nobody waits for a newer tree any more."""
+        self._stopped = True
+        self._settled.set()
 
     async def _remake(self) -> None:
         wanted, manifests = self._wanted, self._engine.manifests()

@@ -173,9 +173,13 @@ class Daemon:
             if not name.upper().startswith(("WEIGHTFS_", "XDG_", "NOTIFY_"))
             and not name.upper().endswith("_PROXY")
         }
-        empty = Path(self._home.name) / "config.toml"
-        empty.touch()
-        return {**kept, "XDG_RUNTIME_DIR": self._home.name, "WEIGHTFS_CONFIG": str(empty)}
+        self.config.touch()
+        return {**kept, "XDG_RUNTIME_DIR": self._home.name, "WEIGHTFS_CONFIG": str(self.config)}
+
+    @property
+    def config(self) -> Path:
+        """Its configuration file, and the other commands'; empty unless somebody writes to it."""
+        return Path(self._home.name) / "config.toml"
 
     # --- asking it
 

@@ -1,0 +1,108 @@
+"""Reading the configuration again while the mount serves: `weightfs reload`, and SIGHUP under a service manager.
+
+Rule: a configuration that is wrong changes nothing. What cannot change while it runs is named, and counts from the next
+start on. One at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, Protocol
+
+import trio
+
+from weightfs.app import notify
+from weightfs.core.names import identity
+from weightfs.core.ref import Ref
+from weightfs.engine.engine import Engine
+from weightfs.engine.settings import EngineSettings
+from weightfs.errors import DaemonError, WeightfsError
+
+log = logging.getLogger(__name__)
+
+# The names of configuration.md for those of the settings that are called otherwise.
+NAMES: Final = {
+    "max_bytes": "max-size", "min_free_bytes": "min-free", "readahead_bytes": "readahead", "mirrors": "mirror",
+    "limits": "max-jobs, retry or retry-delay", "commit_bytes": "commit-size", "commit_seconds": "commit-interval",
+}  # fmt: skip
+
+
+class Order(Protocol):
+    """The part of `daemon.MountOrder` that may be another one now."""
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """What is to be pinned."""
+        ...
+
+    @property
+    def engine(self) -> EngineSettings:
+        """The engine's settings."""
+        ...
+
+    @property
+    def mount(self) -> Any:
+        """A dataclass."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """`at_next_start`: settings that differ and do not count yet. `added`: refs that are new, and asked for now."""
+
+    at_next_start: tuple[str, ...]
+    added: tuple[str, ...]
+
+
+class Reloader:
+    """`reread()` blocks, and gives the order of now; UsageError. `began` is what the daemon was started with."""
+
+    def __init__(self, began: Order, reread: Callable[[], Order]) -> None:
+        self._began = began
+        self._reread = reread
+        self._one = trio.Lock()
+        self._engine: Engine | None = None
+        self._ask: Callable[[Sequence[Ref]], None]
+
+    def serve(self, engine: Engine, ask: Callable[[Sequence[Ref]], None]) -> None:
+        """From now on. `ask(refs)` begins to ask for new refs, and does not wait."""
+        self._engine, self._ask = engine, ask
+
+    async def reload(self) -> Reloaded:
+        """Take over what may change. WeightfsError, and then nothing has changed."""
+        if self._engine is None:
+            raise DaemonError("the mount is still being started; try again in a moment")
+        async with self._one:
+            order = await trio.to_thread.run_sync(self._reread)
+            later = await self._engine.reload(order.engine)
+            later += tuple(
+                f.name
+                for f in fields(order.mount)
+                if getattr(order.mount, f.name) != getattr(self._began.mount, f.name)
+            )
+            names = tuple(NAMES.get(name, name.replace("_", "-")) for name in later)
+            known = {identity(stored.manifest.ref) for stored in self._engine.refs()}
+            new = [ref for ref in order.refs if identity(str(ref)) not in known]
+            self._ask(new)
+        log.info(
+            "the configuration was read again%s", f"; at the next start: {', '.join(names)}" if names else ""
+        )
+        return Reloaded(names, tuple(map(str, new)))
+
+    async def on_hangup(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Reload at each SIGHUP, until cancelled."""
+        with trio.open_signal_receiver(signal.SIGHUP) as signals:
+            task_status.started()
+            async for _ in signals:
+                # sd_notify(3): the manager knows by READY=1 when it is over, and by the time which reload is meant.
+                notify.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+                try:
+                    await self.reload()
+                except WeightfsError as error:
+                    log.error("the configuration was not read again, and the old one stays: %s", error)
+                finally:
+                    notify.notify("READY=1")
