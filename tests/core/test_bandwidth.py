@@ -115,6 +115,7 @@ def test_a_host_at_its_limit_holds_up_nobody_else() -> None:
     pacer.pay(1, HOSTS[0], 1000, urgent=True)
     assert pacer.next(0.0, 0)[0] == [1]
     pacer.pay(1, HOSTS[0], 1000, urgent=True)
+    assert pacer.waiting == (1,)
     pacer.pay(2, HOSTS[1], 1000, urgent=False)
     gone, due = pacer.next(0.0, 0)
     assert gone == [2]

@@ -20,9 +20,11 @@ import weightfs
 from weightfs.core.manifest import Trust
 from weightfs.core.tensors import ModelInfo
 from weightfs.engine.details import FileDetails, HeaderState
+from weightfs.engine.explain import FetchStatus
 from weightfs.engine.settings import FillMode
 from weightfs.engine.status import EngineStatus, GcReport, Outcome, RefStatus, VerifyReport
 from weightfs.errors import FailureKind
+from weightfs.stacks import Stacks
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -157,6 +159,14 @@ def _schemas() -> dict[str, Schema]:
         "Details": _details(),
         "TensorMap": _tensor_map(),
         "ChunkMap": _chunk_map(),
+        "InFlight": record(
+            requests=many(ANYTHING),
+            requests_left_out=COUNT,
+            left_behind=COUNT,
+            overdue=COUNT,
+            fetches=many(schema_of(FetchStatus)),
+        ),
+        "Stacks": schema_of(Stacks),
     }
 
 
@@ -224,6 +234,13 @@ def _operation(
     return operation
 
 
+def _metrics() -> Schema:
+    operation = _operation("metrics", "For Prometheus.", TEXT)
+    kinds = ("text/plain", "application/openmetrics-text")
+    operation["responses"]["200"]["content"] = {kind: {"schema": TEXT} for kind in kinds}
+    return operation
+
+
 def _query(name: str, schema: Schema, *, required: bool = False, text: str = "") -> Schema:
     return {"name": name, "in": "query", "required": required, "schema": schema, "description": text}
 
@@ -247,6 +264,9 @@ def _paths() -> dict[str, dict[str, Schema]]:
         "/v1/openapi.json": {"get": _operation("describe", "This description.", ANYTHING)},
         "/v1/health": {"get": _operation("health", "Who answers.", _ref("Health"))},
         "/v1/status": {"get": _operation("status", "Everything.", _ref("Status"))},
+        "/metrics": {"get": _metrics()},
+        "/v1/inflight": {"get": _operation("inflight", "What has not been answered yet.", _ref("InFlight"))},
+        "/v1/stacks": {"get": _operation("stacks", "Where tasks and threads are.", _ref("Stacks"))},
         "/v1/refs": {
             "get": _operation("refs", "The refs, each with its blobs.", record(refs=many(_ref("Ref")))),
             "post": _operation(
@@ -279,6 +299,13 @@ def _paths() -> dict[str, dict[str, Schema]]:
                 "Hold the background fetching of a ref back, or of all if none is named; or let it go on.",
                 record(all_paused=FLAG, refs=many(_ref("Ref"))),
                 body=_body(paused=FLAG, also={"ref": NAME}),
+            )
+        },
+        "/v1/reload": {
+            "post": _operation(
+                "reload",
+                "Read the configuration again.",
+                record(at_next_start=many(TEXT), added=many(TEXT)),
             )
         },
         "/v1/gc": {
