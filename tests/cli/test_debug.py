@@ -319,7 +319,7 @@ def test_the_three_bounds_go_from_the_command_line_to_who_keeps_them(
 ) -> None:
     orders: list[MountOrder] = []
 
-    def run(order: MountOrder, _ready: object) -> int:
+    def run(order: MountOrder, *_: object) -> int:
         orders.append(order)
         return 0
 

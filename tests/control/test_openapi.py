@@ -23,6 +23,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
 from weightfs.control.address import socket_path
+from weightfs.control.metrics import Scraper
 from weightfs.control.openapi import describe, schema_of
 from weightfs.control.server import make_app
 from weightfs.core.ref import parse_ref
@@ -135,7 +136,7 @@ def test_everything_is_as_described(
 
 def test_every_route_is_described_and_nothing_else() -> None:
     nobody: Any = None  # nothing is asked
-    app = make_app(nobody, nobody)
+    app = make_app(nobody, Scraper(nobody, None))
     routes = {
         (route.path, method.lower())  # type: ignore[attr-defined]
         for route in app.routes
