@@ -116,7 +116,9 @@ class Stage:
 
 def names(caplog: pytest.LogCaptureFixture, stage: Stage, kinds: set[FailureKind]) -> bool:
     """Whether a line of the log has the ref, the mirror at fault and what its fault was."""
-    words = {f"({kind})" for kind in kinds} | ({"chunk list says"} if FailureKind.MISMATCH in kinds else set())
+    words = {f"({kind})" for kind in kinds} | (
+        {"chunk list says"} if FailureKind.MISMATCH in kinds else set()
+    )
     lines = [record.getMessage() for record in caplog.records]
     place = stage.first.url("m.bin")
     return any(str(stage.ref) in line and place in line and any(w in line for w in words) for line in lines)

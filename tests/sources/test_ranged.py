@@ -375,6 +375,14 @@ async def test_failed_leader_lets_the_next_one_try() -> None:
         assert failures == [FailureKind.RESET]
 
 
+async def test_a_loop_is_not_followed() -> None:
+    async with open_origin({PATH: DATA}) as origin, Reading() as reader:
+        origin.always[PATH] = Fault(K.REDIRECT, location=PATH)
+        with pytest.raises(SourceError, match="in a loop"):
+            await read(reader, origin.url(PATH))
+        assert len(origin.requests(PATH)) == 1
+
+
 async def test_long_chain_is_refused() -> None:
     async with open_origin({"/9": DATA, "/8": DATA}) as origin, Reading() as reader:
         for hop in range(9):
