@@ -142,6 +142,34 @@ async def test_out_of_descriptors(tmp_path: Path, nginx: Nginx, caplog: pytest.L
         assert got == [DATA]
 
 
+@pytest.mark.parametrize("cached", [True, False])
+async def test_out_of_descriptors_before_the_file_is_open(
+    tmp_path: Path, cached: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Regression: what was cached was dropped as if the disk had lost it, and its reader got EIO."""
+    async with published_origin(DATA) as (origin, ref):
+        async with running_engine(tmp_path / "cache", SETTINGS) as engine:
+            await engine.add(ref)
+            if cached:
+                await engine.complete(str(ref))
+        origin.seen.clear()
+        async with running_engine(tmp_path / "cache", SETTINGS) as engine:
+            blob = (await engine.add(ref)).entries[0].blob.id
+            got: list[bytes] = []
+
+            async def read() -> None:
+                got.append(await engine.read(blob, ByteSpan(0, CHUNK)))
+
+            with trio.fail_after(SECONDS):
+                async with trio.open_nursery() as nursery:
+                    with no_descriptors():
+                        nursery.start_soon(read)
+                        await until(lambda: caplog.text.count("trying again") >= 4)
+                        assert not got
+            assert got == [DATA[:CHUNK]]
+        assert bool(origin.seen) is not cached
+
+
 @pytest.mark.parametrize("years", [-40, 40])
 async def test_the_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, years: int) -> None:
     """A clock that is years away and put right: reads are bounded all the same, and ages count from the last use."""

@@ -155,7 +155,8 @@ def _disk_failure(job: int, error: OSError) -> wire.JobFailed:
         text = "the cache's filesystem is full; free some space or use --cache on a larger one"
         return wire.JobFailed(job, FailureKind.NO_SPACE, text)
     if error.errno in _PASSING:
-        text = f"the cache file cannot be opened: {os.strerror(error.errno)}; raise the limit of open files (LimitNOFILE)"
+        reason = os.strerror(error.errno)
+        text = f"the cache file cannot be opened: {reason}; raise the limit of open files (LimitNOFILE)"
         return wire.JobFailed(job, FailureKind.WORKER, text)
     return wire.JobFailed(
         job, FailureKind.DISK, f"the cache cannot be written: {os.strerror(error.errno or errno.EIO)}"
