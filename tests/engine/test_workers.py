@@ -207,6 +207,17 @@ async def test_a_file_that_was_cut_is_not_written_to(tmp_path: Path) -> None:
         assert path.read_bytes() == bytes(MIB + 1)
 
 
+async def test_a_file_that_was_replaced_is_not_written_to(tmp_path: Path) -> None:
+    async with open_origin({"/m": b"x" * MIB}) as origin, running_pool() as (pool, heard):
+        path = sparse(tmp_path / "m", MIB)
+        meant = sparse(tmp_path / "other", MIB).stat()
+        pool.submit(fetch_job(1, origin, path, MIB, file=[meant.st_dev, meant.st_ino]))
+        answer = await heard.answer(1)
+        assert isinstance(answer, wire.JobFailed)
+        assert answer.kind == FailureKind.DISK
+        assert path.read_bytes() == bytes(MIB)
+
+
 async def test_workers_hold_the_descriptors_that_they_are_given(tmp_path: Path) -> None:
     lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
