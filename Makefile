@@ -9,7 +9,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench soak lock install uninstall clean
+.PHONY: help setup demo test lint format bench mutants soak lock install uninstall clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,9 +42,13 @@ bench: ## Measure beside curl, aria2 and rclone into build/bench.{txt,json}. ROU
 	@.ci/setup bench
 	@$(BIN)/python tests/bench/bench.py --rounds $(ROUNDS) --size $(SIZE) $(ARGS)
 
+mutants: setup ## Take out each defence against a known fault in turn: its tests have to fail. ARGS='8 redirect' for some.
+	$(BIN)/python tests/faults/mutants.py $(ARGS)
+
 soak: setup ## Half an hour of bad weather (MINUTES=30), then the model, property and crash tests for long.
 	$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) --report build/soak
 	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model tests/faults tests/systemd tests/control/test_openapi.py
+	$(BIN)/python tests/faults/mutants.py
 
 lock: setup ## Resolve the dependencies of pyproject.toml again into .lock/.
 	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 pyproject.toml -o .lock/run.txt

@@ -196,6 +196,28 @@ async def test_a_job_that_waits_for_a_worker_can_be_stopped(
         assert pool.jobs == 0
 
 
+async def test_a_file_that_was_cut_is_not_written_to(tmp_path: Path) -> None:
+    """It would grow again, and what was cut off of it would read as zeros."""
+    async with open_origin({"/m": b"x" * (3 * MIB)}) as origin, running_pool() as (pool, heard):
+        path = sparse(tmp_path / "m", MIB + 1)
+        pool.submit(fetch_job(1, origin, path, 3 * MIB))
+        answer = await heard.answer(1)
+        assert isinstance(answer, wire.JobFailed)
+        assert answer.kind == FailureKind.DISK
+        assert path.read_bytes() == bytes(MIB + 1)
+
+
+async def test_a_file_that_was_replaced_is_not_written_to(tmp_path: Path) -> None:
+    async with open_origin({"/m": b"x" * MIB}) as origin, running_pool() as (pool, heard):
+        path = sparse(tmp_path / "m", MIB)
+        meant = sparse(tmp_path / "other", MIB).stat()
+        pool.submit(fetch_job(1, origin, path, MIB, file=[meant.st_dev, meant.st_ino]))
+        answer = await heard.answer(1)
+        assert isinstance(answer, wire.JobFailed)
+        assert answer.kind == FailureKind.DISK
+        assert path.read_bytes() == bytes(MIB)
+
+
 async def test_workers_hold_the_descriptors_that_they_are_given(tmp_path: Path) -> None:
     lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

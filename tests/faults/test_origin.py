@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ SETTINGS = EngineSettings(
     limits=LIMITS,
     fetch=FetchSettings(connect_timeout=2.0, timeout=0.2, stall_timeout=0.2, retry=0),
 )
+FILLING = replace(SETTINGS, fill=FillMode.OPENED)
 SECONDS = 30
 
 # How a fault ends where nobody is honest; None: the transfer is honest after all.
@@ -46,10 +47,13 @@ FAULTS: dict[str, tuple[Fault, set[FailureKind] | None]] = {
     "stall before the head": (Fault(FaultKind.STALL_BEFORE_HEAD), {FailureKind.TIMEOUT}),
     "stall before the body": (Fault(FaultKind.STALL_BEFORE_BODY), {FailureKind.STALL}),
     "stall amid the body": (Fault(FaultKind.STALL_MID_BODY, after=CHUNK // 2), {FailureKind.STALL}),
+    "drip of the head": (Fault(FaultKind.DRIP_HEAD), {FailureKind.TIMEOUT}),
+    "drip of the body": (Fault(FaultKind.DRIP_BODY), {FailureKind.STALL}),
     "short body": (Fault(FaultKind.SHORT_BODY, after=CHUNK // 2), {FailureKind.SHORT}),
     "over-long body": (Fault(FaultKind.LONG_BODY), None),
     "chunked": (Fault(FaultKind.CHUNKED), None),
     "chunked, short": (Fault(FaultKind.CHUNKED_SHORT), {FailureKind.SHORT, FailureKind.PROTOCOL}),
+    "chunked, over-long": (Fault(FaultKind.CHUNKED_LONG), {FailureKind.PROTOCOL}),
     "other start": (Fault(FaultKind.WRONG_START), {FailureKind.PROTOCOL}),
     "other end": (Fault(FaultKind.WRONG_END), {FailureKind.PROTOCOL}),
     "other total": (Fault(FaultKind.WRONG_TOTAL), {FailureKind.CHANGED}),
@@ -65,17 +69,27 @@ FAULTS: dict[str, tuple[Fault, set[FailureKind] | None]] = {
     "401": (Fault(FaultKind.STATUS, status=401), {FailureKind.AUTH}),
     "403": (Fault(FaultKind.STATUS, status=403), {FailureKind.AUTH}),
     "404": (Fault(FaultKind.STATUS, status=404), {FailureKind.NOT_FOUND}),
+    "410": (Fault(FaultKind.STATUS, status=410), {FailureKind.NOT_FOUND}),
     "408": (Fault(FaultKind.STATUS, status=408), {FailureKind.BUSY}),
+    "425": (Fault(FaultKind.STATUS, status=425), {FailureKind.BUSY}),
     "429": (Fault(FaultKind.STATUS, status=429), {FailureKind.BUSY}),
     "500": (Fault(FaultKind.STATUS, status=500), {FailureKind.BUSY}),
+    "502": (Fault(FaultKind.STATUS, status=502), {FailureKind.BUSY}),
     "503": (Fault(FaultKind.STATUS, status=503), {FailureKind.BUSY}),
+    "504": (Fault(FaultKind.STATUS, status=504), {FailureKind.BUSY}),
     "416": (Fault(FaultKind.NOT_SATISFIABLE), {FailureKind.PROTOCOL}),
     "redirect loop": (Fault(FaultKind.REDIRECT, location="/m.bin"), {FailureKind.REDIRECT}),
+    "redirect to another scheme": (
+        Fault(FaultKind.REDIRECT, location="ftp://127.0.0.1/m.bin"),
+        {FailureKind.REDIRECT},
+    ),
+    "redirect to nowhere": (Fault(FaultKind.REDIRECT, location=""), {FailureKind.REDIRECT}),
     "one bit": (Fault(FaultKind.BIT_FLIP), {FailureKind.MISMATCH}),
     "swapped": (Fault(FaultKind.SWAPPED), {FailureKind.MISMATCH}),
     "other file": (Fault(FaultKind.OTHER_FILE), {FailureKind.MISMATCH}),
     "zeros": (Fault(FaultKind.ZEROS), {FailureKind.MISMATCH}),
     "other ETag": (Fault(FaultKind.NEW_ETAG), {FailureKind.CHANGED}),
+    "weak ETag": (Fault(FaultKind.WEAK_ETAG), None),
     "other size": (Fault(FaultKind.NEW_SIZE), {FailureKind.CHANGED}),
 }
 EVERY = pytest.mark.parametrize(("fault", "kinds"), FAULTS.values(), ids=FAULTS.keys())
@@ -94,6 +108,21 @@ class Stage:
     async def check_everything(self) -> None:
         assert await self.engine.read(self.blob, ByteSpan(0, SIZE)) == DATA
 
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Poll: nobody is told of the end of a fill that nobody waits for."""
+        while not condition():
+            await trio.sleep(0.005)
+
+
+def names(caplog: pytest.LogCaptureFixture, stage: Stage, kinds: set[FailureKind]) -> bool:
+    """Whether a line of the log has the ref, the mirror at fault and what its fault was."""
+    words = {f"({kind})" for kind in kinds} | (
+        {"chunk list says"} if FailureKind.MISMATCH in kinds else set()
+    )
+    lines = [record.getMessage() for record in caplog.records]
+    place = stage.first.url("m.bin")
+    return any(str(stage.ref) in line and place in line and any(w in line for w in words) for line in lines)
+
 
 @asynccontextmanager
 async def staged(
@@ -110,27 +139,65 @@ async def staged(
             first.always["/m.bin"] = fault
             with trio.fail_after(SECONDS):
                 yield Stage(engine, first, second, ref, blob.id)
+                await engine.quiet()  # nothing is left in flight
+                assert engine.check() == []
 
 
 @EVERY
 async def test_reads_with_one_honest_mirror(
-    tmp_path: Path, fault: Fault, kinds: set[FailureKind] | None
+    tmp_path: Path, fault: Fault, kinds: set[FailureKind] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "weightfs")
     async with staged(tmp_path / "cache", fault, honest=True) as stage:
         span = ByteSpan(CHUNK - 5, 2 * CHUNK + 5)
         assert await stage.engine.read(stage.blob, span) == DATA[span.start : span.stop]
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(stage.check_everything)
+        assert kinds is None or names(caplog, stage, kinds)
 
 
 @EVERY
 async def test_pulls_with_one_honest_mirror(
-    tmp_path: Path, fault: Fault, kinds: set[FailureKind] | None
+    tmp_path: Path, fault: Fault, kinds: set[FailureKind] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "weightfs")
     async with staged(tmp_path / "cache", fault, honest=True) as stage:
         await stage.engine.complete(str(stage.ref))
         assert stage.engine.blob_status(stage.blob).trust == Trust.VERIFIED
+        await stage.check_everything()
+        assert kinds is None or names(caplog, stage, kinds)
+
+
+@EVERY
+async def test_fills_with_one_honest_mirror(
+    tmp_path: Path, fault: Fault, kinds: set[FailureKind] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody opened the file and reads nothing: it becomes whole, and is proven."""
+    caplog.set_level("INFO", "weightfs")
+    async with staged(tmp_path / "cache", fault, honest=True, settings=FILLING) as stage:
+        stage.engine.opened(stage.blob)
+        await stage.until(lambda: stage.engine.blob_status(stage.blob).trust == Trust.VERIFIED)
+        stage.engine.released(stage.blob)
+        await stage.check_everything()
+        assert kinds is None or names(caplog, stage, kinds)
+
+
+@EVERY
+async def test_fills_with_nobody_honest(
+    tmp_path: Path, fault: Fault, kinds: set[FailureKind] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fill gives up for the time of a hold and says so; it has kept nothing that is wrong, and goes on later."""
+    caplog.set_level("INFO", "weightfs")
+    settings = replace(FILLING, limits=replace(LIMITS, hold_base=0.1, hold_cap=0.1))
+    async with staged(tmp_path / "cache", fault, honest=False, settings=settings) as stage:
+        stage.engine.opened(stage.blob)
+        if kinds is not None:
+            await stage.until(lambda: "cannot be fetched for now" in caplog.text)
+            assert not stage.engine.blob_status(stage.blob).complete
+            assert names(caplog, stage, kinds)
+            stage.first.always.clear()
+        await stage.until(lambda: stage.engine.blob_status(stage.blob).trust == Trust.VERIFIED)
         await stage.check_everything()
 
 

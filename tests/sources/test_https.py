@@ -26,6 +26,7 @@ from weightfs.errors import (
     WeightfsError,
 )
 from weightfs.sources._client import HttpClient
+from weightfs.sources._xml import parse_xml
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.sources.https import HttpsSource, described_by, repr_digest
 from weightfs.sources.minisign import sign
@@ -222,6 +223,11 @@ async def test_hostile_list_is_an_error(name: str) -> None:
     async with open_origin({PATH: DATA, LIST: HOSTILE[name].encode()}) as origin:
         with pytest.raises(ChunkListError):
             await blob_of(origin.url(PATH))
+
+
+def test_a_list_is_not_parsed_beyond_its_bound() -> None:
+    with pytest.raises(ChunkListError, match="over 16777216 bytes"):
+        parse_xml((GOOD + " " * MAX_METALINK_BYTES).encode())
 
 
 async def test_list_for_another_digest_is_an_error() -> None:

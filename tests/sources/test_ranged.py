@@ -375,6 +375,25 @@ async def test_failed_leader_lets_the_next_one_try() -> None:
         assert failures == [FailureKind.RESET]
 
 
+@pytest.mark.parametrize("kind", [K.STALL_BEFORE_HEAD, K.DRIP_HEAD])
+async def test_a_slow_head_is_bounded_where_the_way_is_known_too(clock: MockClock, kind: FaultKind) -> None:
+    """Whoever finds the way out has a bound for all of it; who knows it has that of the head alone."""
+    async with open_origin({PATH: DATA}) as origin, Reading(timeout=5) as reader:
+        assert await read(reader, origin.url(PATH)) == DATA[SPAN.start : SPAN.stop]
+        origin.script(PATH, Fault(kind))
+        with pytest.raises(SourceError) as caught, trio.fail_after(120):
+            await read(reader, origin.url(PATH))
+        assert caught.value.kind is FailureKind.TIMEOUT
+
+
+async def test_a_loop_is_not_followed() -> None:
+    async with open_origin({PATH: DATA}) as origin, Reading() as reader:
+        origin.always[PATH] = Fault(K.REDIRECT, location=PATH)
+        with pytest.raises(SourceError, match="in a loop"):
+            await read(reader, origin.url(PATH))
+        assert len(origin.requests(PATH)) == 1
+
+
 async def test_long_chain_is_refused() -> None:
     async with open_origin({"/9": DATA, "/8": DATA}) as origin, Reading() as reader:
         for hop in range(9):

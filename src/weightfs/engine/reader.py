@@ -6,6 +6,7 @@ is compared: bytes read across a drop are never used.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 from typing import Protocol
@@ -28,6 +29,8 @@ from weightfs.store.cache import Cache
 log = logging.getLogger(__name__)
 
 DISK_TRIES = 3  # reads of one span that find the disk at fault, before the reader is told
+# Out of file descriptors: others close theirs in a while. Nothing is wrong with the cache; `read_timeout` bounds it.
+SCARCE_SECONDS = 0.2
 LET_GO_BYTES = 16 * MIB  # of the cache file, behind a sequential reader, per call
 
 
@@ -113,6 +116,9 @@ class Reader:
                     data = await trio.to_thread.run_sync(self._cache.read, state.id, span, limiter=self._disk)
             except CacheError as error:
                 self._check_pinned(state, chunks)
+                if _is_scarcity(error):
+                    await _wait_for_descriptors(error)
+                    continue
                 faults += 1
                 if faults >= DISK_TRIES:
                     text = f"cannot read {state.ref} from the cache: {error}"
@@ -156,7 +162,15 @@ class Reader:
 
     async def _prepare(self, state: BlobState) -> None:
         try:
-            await self._holdings.prepare(state)
+            while True:
+                try:
+                    await self._holdings.prepare(state)
+                except CacheError as error:
+                    if not _is_scarcity(error):
+                        raise
+                    await _wait_for_descriptors(error)
+                else:
+                    return
         except CacheError as error:
             text = f"cannot read {state.ref}: {error}"
             raise ReadError(text, kind=kind_of(error), ref=state.ref) from error
@@ -241,6 +255,15 @@ class Reader:
 
 def _unseen(state: BlobState, span: ByteSpan, *, stalled: bool) -> None:
     """In the place of `Reader._observe`."""
+
+
+def _is_scarcity(error: CacheError) -> bool:
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE)
+
+
+async def _wait_for_descriptors(error: CacheError) -> None:
+    log.warning("%s; trying again", error)
+    await trio.sleep(SCARCE_SECONDS)
 
 
 def _suspects(state: BlobState, chunks: ChunkSpan) -> bool:

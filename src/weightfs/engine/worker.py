@@ -41,6 +41,8 @@ PACE_BYTES = 64 * KIB
 NICENESS = 5  # of a worker: the process that answers the kernel goes first
 PATIENT_NICENESS = 15  # of the thread that hashes again
 PR_SET_PDEATHSIG = 1
+# Of opening the data file: nothing is wrong with the cache, and what is missing comes back when others let go.
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 
 Send = Callable[[wire.FromWorker], Awaitable[None]]
@@ -158,6 +160,10 @@ def _disk_failure(job: int, error: OSError) -> wire.JobFailed:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         text = "the cache's filesystem is full; free some space or use --cache on a larger one"
         return wire.JobFailed(job, FailureKind.NO_SPACE, text)
+    if error.errno in _PASSING:
+        reason = os.strerror(error.errno)
+        text = f"the cache file cannot be opened: {reason}; raise the limit of open files (LimitNOFILE)"
+        return wire.JobFailed(job, FailureKind.WORKER, text)
     return wire.JobFailed(
         job, FailureKind.DISK, f"the cache cannot be written: {os.strerror(error.errno or errno.EIO)}"
     )

@@ -157,6 +157,13 @@ class Nginx:
             raise RuntimeError(f"nginx did not start again: {self._error_log()}")
 
     @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids of its own workers: who kills one kills no other nginx's. The master starts another."""
+        assert self._process is not None
+        master = self._process.pid
+        return tuple(map(int, Path(f"/proc/{master}/task/{master}/children").read_text().split()))
+
+    @property
     def ca_file(self) -> Path:
         """The CA that signed the https certificate (PEM)."""
         assert self._tls is not None
