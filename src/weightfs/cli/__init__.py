@@ -19,6 +19,7 @@ from weightfs.cli.mapping import map_
 from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
 from weightfs.cli.pulling import pull
+from weightfs.undumpable import forbid_core_dumps
 
 EPILOG = """\b
 Examples:
@@ -67,4 +68,5 @@ for command in (
 
 def main() -> None:
     """The entry point `weightfs`."""
+    forbid_core_dumps()
     cli.main(args=sys.argv[1:], prog_name="weightfs")
