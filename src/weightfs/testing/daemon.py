@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -24,7 +24,7 @@ from weightfs.control.client import ControlClient, find_daemon
 from weightfs.core.ref import parse_ref, tree_of
 from weightfs.errors import DaemonError
 from weightfs.mount.mounttable import mounts_at
-from weightfs.testing.mounts import clear
+from weightfs.testing.mounts import AS_NOBODY, NOBODY, clear
 
 T = TypeVar("T")
 
@@ -58,18 +58,32 @@ class Daemon:
         root: An empty directory; it gets `cache` and `mnt`.
         refs: What `weightfs mount` is told to pin.
         options: More of its command line.
+        env: More of its environment.
+        ordinary_user: Run it as nobody, who gets `root`. Its mount is in a namespace of its own: `begin` it, and `ask`.
     """
 
-    def __init__(self, root: Path, *refs: str, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *refs: str,
+        options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        ordinary_user: bool = False,
+    ) -> None:
         self.mountpoint = root.resolve() / "mnt"
         self.cache = root.resolve() / "cache"
         self.mountpoint.mkdir(parents=True, exist_ok=True)
         self._refs = refs
         self._options = tuple(options)
+        self._env = dict(env or {})
+        self._python = AS_NOBODY if ordinary_user else (sys.executable,)
         self._clients: list[subprocess.Popen[str]] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._home = tempfile.TemporaryDirectory(prefix="weightfs-daemon-")
         self._log = (Path(self._home.name) / "log").open("a+b")
+        if ordinary_user:
+            for place in (root, self.mountpoint, Path(self._home.name)):
+                os.chown(place, NOBODY, NOBODY)
 
     def __enter__(self) -> Self:
         return self
@@ -84,7 +98,7 @@ class Daemon:
         assert self._process is None, "it runs already"
         command = ["mount", "--cache", str(self.cache), *self._options, str(self.mountpoint), *self._refs]
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-            [sys.executable, "-m", "weightfs", *command],
+            [*self._python, "-m", "weightfs", *command],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -165,7 +179,7 @@ class Daemon:
         }
         empty = Path(self._home.name) / "config.toml"
         empty.touch()
-        return {**kept, "XDG_RUNTIME_DIR": self._home.name, "WEIGHTFS_CONFIG": str(empty)}
+        return {**kept, "XDG_RUNTIME_DIR": self._home.name, "WEIGHTFS_CONFIG": str(empty), **self._env}
 
     # --- asking it
 
