@@ -74,10 +74,11 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], metavar="TARGET")
+    parser.add_argument("targets", nargs="*", metavar="TARGET")
     given = parser.parse_args()
     os.nice(10)
-    return 0 if all([run(name, given.seconds) for name in given.targets or TARGETS]) else 1
+    sound = [run(name, given.seconds) for name in given.targets or TARGETS]
+    return 0 if all(sound) else 1
 
 
 if __name__ == "__main__":

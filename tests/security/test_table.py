@@ -1,4 +1,4 @@
-"""The threat table of docs/security.md cannot rot: each line names tests, each of them exists, and defaults are as it says."""
+"""The threat table of docs/security.md cannot rot: each line names tests that exist, and defaults are as it says."""
 
 from __future__ import annotations
 
