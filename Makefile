@@ -4,6 +4,7 @@ BIN := .venv/bin
 ROUNDS ?= 5
 SECONDS ?= 60
 SIZE ?= 1024
+MINUTES ?= 30
 ARGS ?=
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -22,8 +23,8 @@ demo: setup ## Load real models while they download: about three minutes, live.
 
 test: setup ## Run all the tests. ARGS='tests/core -k planner' runs some.
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -q tests/core --cov=weightfs.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
-	$(BIN)/python -m pytest -q --ignore=tests/core
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/core --cov=weightfs.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/core
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
@@ -42,7 +43,8 @@ bench: ## Measure beside curl, aria2 and rclone into build/bench.{txt,json}. ROU
 	@.ci/setup bench
 	@$(BIN)/python tests/bench/bench.py --rounds $(ROUNDS) --size $(SIZE) $(ARGS)
 
-soak: setup ## The model, property and crash tests for a long time (Hypothesis profile "soak").
+soak: setup ## Half an hour of bad weather (MINUTES=30), then the model, property and crash tests for long.
+	$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) --report build/soak
 	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model tests/faults tests/systemd
 
 fuzz: setup ## Fuzz every parser of strangers' bytes with atheris, SECONDS=60 each (docs/security.md).

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -436,22 +437,19 @@ async def test_a_path_longer_than_a_socket_address(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-async def test_another_user_is_refused_even_if_the_modes_let_him(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_another_user_is_refused_even_if_the_modes_let_him(caplog: pytest.LogCaptureFixture) -> None:
     script = (
         "import os, socket, sys\nos.setgid(65534); os.setuid(65534)\n"
         "s = socket.socket(socket.AF_UNIX); s.settimeout(10); s.connect(sys.argv[1])\n"
         "try:\n    s.sendall(b'GET /v1/status HTTP/1.1\\r\\nHost: w\\r\\n\\r\\n'); print(len(s.recv(1)))\n"
         "except (ConnectionResetError, BrokenPipeError):\n    print(0)\n"
     )
-    async with daemon(tmp_path) as one:
-        path = socket_path(one.cache)
-        path.chmod(0o666)
-        for parent in path.parents:
-            if parent.stat().st_uid == 0 and parent.is_relative_to(tmp_path.parent.parent):
-                parent.chmod(0o755)
-        result = await trio.run_process([sys.executable, "-c", script, str(path)], capture_stdout=True)
+    with tempfile.TemporaryDirectory() as cache:  # tmp_path is closed to others
+        async with daemon(Path(cache)) as one:
+            path = socket_path(one.cache)
+            path.chmod(0o666)
+            Path(cache).chmod(0o755)
+            result = await trio.run_process([sys.executable, "-c", script, str(path)], capture_stdout=True)
         assert result.stdout == b"0\n"
         assert "65534" in caplog.text
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from weightfs.core import plan
 from weightfs.core.geometry import ByteSpan, ChunkSpan
@@ -247,7 +248,43 @@ async def test_what_was_proven_binds_what_comes_after_an_eviction(tmp_path: Path
                 assert engine.blob_status(blob.id).trust == Trust.VERIFIED
 
 
+async def next_look(engine: Engine) -> None:
+    """Room has looked at everything once more."""
+    engine._room.poke()
+    await trio.testing.wait_all_tasks_blocked()
+    async with engine._room._evicting:
+        pass
+
+
 # ---- who is exempt
+
+
+async def test_a_refusal_is_told_until_something_fits_although_nobody_waits(tmp_path: Path) -> None:
+    """What was told once nobody waited any more was taken back at once: an operator who looked saw nothing."""
+    root = tmp_path / "cache"
+    async with models() as (_, refs), engine_of(root, refs, max_bytes=SIZE) as (engine, ids):
+        engine.opened(ids["a"])
+        await read(engine, ids, "a")
+        with pytest.raises(ReadError, match="max-size"):
+            await read(engine, ids, "b", 0, 1)
+        await next_look(engine)
+        assert "pinned or in use" in engine.status().trouble
+        engine.released(ids["a"])  # nobody is evicted, nobody asks: but now somebody could go
+        while engine.status().trouble:
+            await trio.sleep(0.01)
+        assert cached(engine, ids) == "a"
+
+
+async def test_what_could_never_fit_is_not_told_for_ever(tmp_path: Path) -> None:
+    """A stream of everything that is larger than the cache: there is room for all others."""
+    root = tmp_path / "cache"
+    async with models() as (origin, refs), engine_of(root, refs, max_bytes=SIZE // 2) as (engine, ids):
+        origin.always["/b"] = Fault(FaultKind.NO_RANGES)
+        with pytest.raises(ReadError, match="max-size"):
+            await read(engine, ids, "b", 0, 1)
+        while engine.status().trouble:
+            await trio.sleep(0.01)
+        await read(engine, ids, "a", 0, 1)
 
 
 async def test_pinned_and_open_files_stay_and_readers_are_told(tmp_path: Path) -> None:
@@ -260,6 +297,7 @@ async def test_pinned_and_open_files_stay_and_readers_are_told(tmp_path: Path) -
         with pytest.raises(ReadError, match=r"max-size.*pinned or in use") as caught:
             await read(engine, ids, "c", 0, 1)
         assert caught.value.kind is FailureKind.NO_SPACE
+        await next_look(engine)
         assert "max-size" in engine.status().trouble
         asked = len(origin.requests("/c"))
         assert cached(engine, ids) == "ab"

@@ -21,6 +21,8 @@ from weightfs.core.planner import Planner
 from weightfs.core.ref import without_secrets
 from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
+from weightfs.engine.pacing import Pacing, pacer_of
+from weightfs.engine.settings import EngineSettings
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, ReadError
 
@@ -55,6 +57,7 @@ class Fetcher:
         landed: Callable[[BlobState, int, bytes], None],
         mend: Callable[[BlobState, int], Awaitable[bool]],
         nursery: trio.Nursery,
+        settings: EngineSettings,
     ) -> None:
         self._planner = planner
         self._pool = pool
@@ -70,6 +73,7 @@ class Fetcher:
         self._ended = trio.Event()
         self._need_room: Callable[[], None] = lambda: None
         self._relieve: Callable[[BlobState, int], Awaitable[bool]]
+        self._pacing = Pacing(pacer_of(settings), planner.urgent, lambda job: pool.tell(wire.GoOn(job)))
         self.closed: Failure | None = None
         self.fetched_bytes = 0
         self.mismatches = 0
@@ -87,6 +91,15 @@ class Fetcher:
     def jobs(self) -> int:
         """How many fetches are in flight."""
         return len(self._jobs)
+
+    def reload(self, settings: EngineSettings) -> None:
+        """Other bandwidth limits from now on."""
+        self._pacing.change(pacer_of(settings))
+
+    @property
+    def paced(self) -> int:
+        """How many of them keep a bandwidth limit."""
+        return self._pacing.jobs
 
     def add(self, state: BlobState) -> None:
         """Make a blob known. Its `present` set is shared with the planner from here on."""
@@ -160,6 +173,7 @@ class Fetcher:
                 fetch.whole,
                 sorted(fetch.wanted),
                 list(state.file or ()),
+                self._pacing.begin(fetch.job, mirror.url),
             )
         )
 
@@ -182,9 +196,10 @@ class Fetcher:
                 self._mismatched(job, chunk, actual)
             case wire.JobTrimmed(job, stop):
                 self.feed(plan.Trimmed(job, stop))
+            case wire.Received(job, nbytes):
+                self._pacing.pay(job, nbytes)
             case wire.JobDone(job):
-                self._jobs.pop(job, None)
-                self._ended.set()
+                self._over(job)
                 self.feed(plan.Done(job))
             case wire.JobFailed():
                 self._failed(message)
@@ -220,9 +235,13 @@ class Fetcher:
         )
         self.feed(plan.Mismatched(job, chunk, Failure(FailureKind.MISMATCH, text, mirror, None, chunk)))
 
-    def _failed(self, message: wire.JobFailed) -> None:
-        running = self._jobs.pop(message.job, None)
+    def _over(self, job: int) -> _Running | None:
+        self._pacing.end(job)
         self._ended.set()
+        return self._jobs.pop(job, None)
+
+    def _failed(self, message: wire.JobFailed) -> None:
+        running = self._over(message.job)
         kind = FailureKind(message.kind)
         if running is not None and kind is not FailureKind.CANCELLED:
             log.info("fetch of %s: %s (%s)", running.state.ref, message.text, kind)
@@ -283,6 +302,10 @@ class Fetcher:
             waiting.failure = self.closed
             waiting.event.set()
             self.feed(plan.Withdrawn(number))
+
+    async def keep_pace(self) -> None:
+        """Lets paced fetches go on when it is time, until cancelled."""
+        await self._pacing.run()
 
     async def keep_time(self) -> None:
         """Ticks for the planner, until cancelled."""

@@ -82,9 +82,9 @@ class Room:
         self._measured = self._aged = self._noted = float("-inf")
         self._free_bound: int | None = None  # what may be held, by the filesystem's space
         self._leaving = 0  # bytes of removed blobs whose files are still there
-        self._paused: dict[
-            BlobId, BlobState
-        ] = {}  # fill that nobody asked for, and for which there is no room
+        # Fill that nobody asked for, and for which there is no room.
+        self._paused: dict[BlobId, BlobState] = {}
+        self._refused_bytes = 0  # what did not fit when `trouble` was said
         self._refused: dict[BlobId, BlobState] = {}  # whose background was told that there is no room
         self.space = CacheSpace(0, 0)
         self.limit: int | None = None
@@ -107,6 +107,12 @@ class Room:
     def open(self) -> None:
         """The planner knows all blobs, and nothing is fetched yet. Blocks."""
         self._take(self._look_at_space(), self._planner.held_bytes)
+
+    def reload(self, settings: EngineSettings) -> None:
+        """Other limits from now on."""
+        self._settings = settings
+        self._measured = self._aged = float("-inf")
+        self.poke()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -201,14 +207,14 @@ class Room:
     async def _serve(self) -> None:
         """Evict for as long as something that matters does not fit, and somebody can go."""
         while True:
-            wanted, least = self._wanted()
+            over, (wanted, least) = self._over(), self._wanted()
             if not wanted:
                 break
             # The second time, what turned out to have been whole in the meantime goes whole.
             if await self._evict(wanted, least) or await self._evict(wanted, least):
                 continue
             if trio.current_time() < self._measured + FRESH_SECONDS:
-                self._refuse()
+                self._refuse(lacking=max(0, least - over))
                 return
             await self._measure()  # somebody may have made room on the disk meanwhile
         self._pause()
@@ -218,7 +224,7 @@ class Room:
         """Bytes to evict now, and how many of them are needed that anything goes on: with fewer, nobody goes for it."""
         if self.limit is None:
             return 0, 0
-        over = self._planner.held_bytes - self.limit
+        over = self._over()
         if demanded := self._planner.demanded_bytes():
             short = self._planner.short().items()
             demand = [blob for blob, priority in short if priority is Priority.DEMAND]
@@ -230,6 +236,10 @@ class Room:
         else:
             least, wanted = 0, over
         return (wanted + self._batch(), least) if wanted > 0 else (0, 0)
+
+    def _over(self) -> int:
+        """By how many bytes the limit is exceeded; negative while it is not. 0 without one."""
+        return 0 if self.limit is None else self._planner.held_bytes - self.limit
 
     def _short_states(self) -> list[BlobState]:
         return [state for blob in self._planner.short() if (state := self._catalog.get(blob))]
@@ -250,8 +260,7 @@ class Room:
 
     def _resume(self) -> None:
         """Fill goes on when there is room for a batch, so that it does not stop again at once."""
-        held = self._planner.held_bytes
-        if self._paused and (self.limit is None or held + self._batch() <= self.limit):
+        if self._paused and self._over() + self._batch() <= 0:
             paused, self._paused = self._paused, {}
             for state in paused.values():
                 if state.filling and self._holdings.pinned(state):
@@ -261,12 +270,19 @@ class Room:
         for state in self._refused.values():
             state.no_room = None
         self._refused.clear()
-        if self.trouble and not self._paused and not self._planner.short():
+        if self.trouble and not self._paused and not self._planner.short() and self._could_fit():
             log.info("there is room in the cache again")
             self.trouble = ""
 
-    def _refuse(self) -> None:
-        """Nobody can go: tell who waits."""
+    def _could_fit(self) -> bool:
+        """Whether who was refused would have room now, or have it made. Who waits no longer has still to be told of."""
+        missing = self._over() + self._refused_bytes
+        return missing <= 0 or self._plan(missing).nbytes >= missing
+
+    def _refuse(self, lacking: int) -> None:
+        """Nobody can go, and `lacking` bytes do not fit: tell who waits."""
+        # What is larger than the whole cache would never fit; the others do with a batch.
+        self._refused_bytes = lacking if self.limit is None or lacking <= self.limit else self._batch()
         text = f"{self._full()}, and what is in it is pinned or in use; {self._way_out()}"
         self._say(text)
         if Priority.DEMAND in self._planner.short().values():
@@ -329,8 +345,7 @@ class Room:
         await self._measure()
         async with self._evicting:
             await self._holdings.settle()
-            over = 0 if self.limit is None else max(0, self._planner.held_bytes - self.limit)
-            found = self._plan(over)
+            found = self._plan(max(0, self._over()))
             before = self.evicted_bytes
             done = [self._describe(eviction) for eviction in found.evictions]
             if not dry_run:

@@ -32,10 +32,10 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """A ref was added: its origin gets the user's headers from here on."""
+class Settings:
+    """How to fetch from here on, as in `Hello`; what is in flight goes on as it began."""
 
-    url: str
+    fetch: dict[str, Any] = field(repr=False)  # with secrets
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class FetchJob:
     """Fetch chunks `[start, stop)` into the sparse file at `path`. `digests`: 64 characters per chunk.
 
     `whole`: no ranges; of the stream write only the chunks in `wanted`. `file`: device and inode that `path` must have;
-    another file, or one that is shorter than `size`, is not written to.
+    another file, or one that is shorter than `size`, is not written to. `paced`: it says `Received`.
     """
 
     job: int
@@ -58,6 +58,7 @@ class FetchJob:
     whole: bool = False
     wanted: list[int] = field(default_factory=list)
     file: list[int] = field(default_factory=list)
+    paced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,13 @@ class TrimJob:
 
     job: int
     at: int
+
+
+@dataclass(frozen=True, slots=True)
+class GoOn:
+    """The answer to `Received`."""
+
+    job: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +130,14 @@ class JobTrimmed:
 
 
 @dataclass(frozen=True, slots=True)
+class Received:
+    """So many bytes came since the last one; the job takes no more before `GoOn`."""
+
+    job: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobDone:
     """The job ended well."""
 
@@ -160,8 +176,8 @@ class Alive:
     """Sent every few seconds: a worker that is silent for long is stopped or stuck, and is replaced."""
 
 
-ToWorker = Hello | Origin | FetchJob | TrimJob | StopJob | HashJob
-FromWorker = ChunkLanded | ChunkMismatched | JobTrimmed | JobDone | JobFailed | Hashed | Alive
+ToWorker = Hello | Settings | FetchJob | TrimJob | GoOn | StopJob | HashJob
+FromWorker = ChunkLanded | ChunkMismatched | JobTrimmed | Received | JobDone | JobFailed | Hashed | Alive
 Message = ToWorker | FromWorker
 
 
@@ -173,14 +189,16 @@ _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         Hello,
-        Origin,
+        Settings,
         FetchJob,
         TrimJob,
+        GoOn,
         StopJob,
         HashJob,
         ChunkLanded,
         ChunkMismatched,
         JobTrimmed,
+        Received,
         JobDone,
         JobFailed,
         Hashed,

@@ -18,15 +18,16 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import trio
 
-from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
+from weightfs.core.geometry import KIB, BlobShape, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Mirror
 from weightfs.engine import wire
 from weightfs.engine.causes import one_cause
+from weightfs.engine.origins import Origins
 from weightfs.engine.running import SAVABLE, GitSha1, RunningSha256
 from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import open_source, schemes
@@ -35,6 +36,8 @@ from weightfs.undumpable import forbid_core_dumps
 
 LANDINGS_PER_JOB = 2  # one chunk is hashed and written while the next one arrives
 LANDING_THREADS = 8
+# What a paced job receives before it says so and waits: little enough that many jobs together keep a low limit.
+PACE_BYTES = 64 * KIB
 NICENESS = 5  # of a worker: the process that answers the kernel goes first
 PATIENT_NICENESS = 15  # of the thread that hashes again
 PR_SET_PDEATHSIG = 1
@@ -112,6 +115,12 @@ class _Running:
     current: int
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     stopped: bool = False
+    unpaid: int = 0
+    go_on: trio.Event = field(default_factory=trio.Event)
+
+
+async def _open(scheme: str, settings: FetchSettings) -> Source:
+    return open_source(scheme, settings)
 
 
 def _open_file(path: str, file: list[int]) -> int:
@@ -158,12 +167,10 @@ class Worker:
     """Carries out jobs as they come; every job is answered by exactly one JobDone, JobFailed or Hashed."""
 
     def __init__(self, fetch: FetchSettings, buffer_bytes: int, send: Send) -> None:
-        self._fetch_settings = fetch
+        self._origins = Origins(fetch, _open)
         self._send = send
         self._buffers = _Buffers(buffer_bytes)
         self._jobs: dict[int, _Running] = {}
-        self._sources: dict[str, Source] = {}
-        self._retired: list[Source] = []
         self._threads = trio.CapacityLimiter(LANDING_THREADS)
         self._patient = _PatientThread()
 
@@ -176,17 +183,12 @@ class Worker:
                 nursery.cancel_scope.cancel()
         finally:
             self._patient.close()
-            with trio.move_on_after(1, shield=True):
-                for source in (*self._sources.values(), *self._retired):
-                    await source.aclose()
+            await self._origins.aclose()
 
     async def _dispatch(self, message: wire.Message, nursery: trio.Nursery) -> None:
         match message:
-            case wire.Origin(url):
-                origins = (*self._fetch_settings.header_origins, url)
-                self._fetch_settings = replace(self._fetch_settings, header_origins=origins)
-                self._retired += self._sources.values()  # their jobs go on
-                self._sources = {}
+            case wire.Settings(fetch):
+                await self._origins.change(wire.fetch_settings_from_wire(fetch))
             case wire.FetchJob():
                 self._jobs[message.job] = _Running(message, message.stop, message.start)
                 nursery.start_soon(self._fetch, self._jobs[message.job])
@@ -194,6 +196,9 @@ class Worker:
                 if running := self._jobs.get(job):
                     running.stop = min(running.stop, max(at, running.current + 1))
                     await self._send(wire.JobTrimmed(job, running.stop))
+            case wire.GoOn(job):
+                if running := self._jobs.get(job):
+                    running.go_on.set()
             case wire.StopJob(job):
                 if running := self._jobs.get(job):
                     running.stopped = True
@@ -202,12 +207,6 @@ class Worker:
                 nursery.start_soon(self._hash, message)
             case _:
                 raise ValueError(f"a worker was sent {type(message).__name__}")
-
-    def _source(self, url: str) -> Source:
-        scheme = urlsplit(url).scheme
-        if scheme not in self._sources:
-            self._sources[scheme] = open_source(scheme, self._fetch_settings)
-        return self._sources[scheme]
 
     async def _fetch(self, running: _Running) -> None:
         job = running.job
@@ -233,10 +232,11 @@ class Worker:
         try:
             span = shape.bytes_of(ChunkSpan(job.start, job.stop))
             mirror = Mirror(job.url, validator=job.validator)
-            opened = self._source(job.url).open_range(mirror, shape, span, whole=job.whole)
-            # A full disk and a broken stream at once: the disk's word counts.
-            async with one_cause(OSError, SourceError), opened as pieces, trio.open_nursery() as landings:
-                await self._assemble(running, shape, pieces, fd, landings)
+            async with self._origins.using(urlsplit(job.url).scheme) as source:
+                opened = source.open_range(mirror, shape, span, whole=job.whole)
+                # A full disk and a broken stream at once: the disk's word counts.
+                async with one_cause(OSError, SourceError), opened as pieces, trio.open_nursery() as landings:
+                    await self._assemble(running, shape, pieces, fd, landings)
         finally:
             os.close(fd)
 
@@ -257,6 +257,8 @@ class Worker:
         buffer: bytearray | None = None
         try:
             async for piece in pieces:
+                if job.paced:
+                    await self._pay(running, len(piece))
                 view = memoryview(piece)
                 while view:
                     if filled == 0 and (wanted is None or chunk in wanted):
@@ -280,6 +282,15 @@ class Worker:
         finally:
             if buffer is not None:
                 await self._buffers.give(buffer)
+
+    async def _pay(self, running: _Running, nbytes: int) -> None:
+        """Take the next bytes off the line only when the engine says so; the origin is slowed down by TCP."""
+        running.unpaid += nbytes
+        if running.unpaid >= PACE_BYTES:
+            running.go_on = trio.Event()
+            await self._send(wire.Received(running.job.job, running.unpaid))
+            running.unpaid = 0
+            await running.go_on.wait()
 
     async def _land_chunk(
         self,
