@@ -70,7 +70,8 @@ def artifact(data: bytes) -> None:
             for files in (ollama_files, oci_files):
                 with suppress(IntegrityError):
                     for file in files(found, "M"):
-                        check_path(file.path)
+                        if file.path is not None:
+                            check_path(file.path)
 
 
 def hub_tree(data: bytes) -> None:
