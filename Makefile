@@ -2,6 +2,7 @@
 
 BIN := .venv/bin
 ROUNDS ?= 5
+SECONDS ?= 60
 SIZE ?= 1024
 MINUTES ?= 30
 ARGS ?=
@@ -9,7 +10,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench mutants soak lock install uninstall clean
+.PHONY: help setup demo test lint format bench mutants soak fuzz lock install uninstall clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,11 +51,17 @@ soak: setup ## Half an hour of bad weather (MINUTES=30), then the model, propert
 	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model tests/faults tests/systemd tests/control/test_openapi.py
 	$(BIN)/python tests/faults/mutants.py
 
+fuzz: setup ## Fuzz every parser of strangers' bytes with atheris, SECONDS=60 each (docs/security.md).
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-input --require-hashes --no-deps --only-binary :all: \
+	  --upgrade --target build/atheris -r .lock/fuzz.txt
+	@PYTHONPATH=build/atheris $(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(ARGS)
+
 lock: setup ## Resolve the dependencies of pyproject.toml again into .lock/.
 	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 pyproject.toml -o .lock/run.txt
 	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 --group dev pyproject.toml -o .lock/dev.txt
 	$(BIN)/uv pip compile -q --universal --no-strip-extras --generate-hashes --python-version 3.11 --group pyproject.toml:build \
 	  -c .lock/dev.txt -o .lock/build.txt
+	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --group pyproject.toml:fuzz -o .lock/fuzz.txt
 
 install: ## Install weightfs and its systemd units. PREFIX=/usr/local, DESTDIR=, PYTHON=/usr/bin/python3. See docs/systemd.md.
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' systemd/install.sh install

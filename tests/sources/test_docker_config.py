@@ -92,6 +92,32 @@ async def test_a_file_that_is_not_there_is_no_fault(tmp_path: Path, caplog: pyte
     assert "are not used" in caplog.text
 
 
+HALF = json.loads('"\\ud800"')  # half of a surrogate pair: JSON can say it, and no encoding has it
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"username": HALF, "password": "p"},
+        {"username": "ann", "password": f"p{HALF}"},
+        {"registrytoken": HALF},
+        {"identitytoken": HALF},
+        {"auth": HALF},
+    ],
+)
+async def test_text_that_no_encoding_has_is_no_credential(path: Path, entry: Any) -> None:
+    """Regression: `basic` raised UnicodeEncodeError amid a request."""
+    assert await found(path, {"auths": {"reg.lan:5000": entry}}) is None
+
+
+async def test_a_helper_may_not_say_it_either(
+    path: Path, helper: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    say(helper, {"Username": "ann", "Secret": HALF})
+    assert await found(path, {"credsStore": "test"}) is None
+    assert "something else than credentials" in caplog.text
+
+
 def test_no_secret_is_shown() -> None:
     assert "se:cret" not in repr(ANN)
     assert ANN.basic == f"Basic {AUTH}"

@@ -24,6 +24,7 @@ from weightfs.cli.pulling import pull
 from weightfs.cli.reloading import reload
 from weightfs.cli.steering import fill, pause, resume
 from weightfs.cli.topping import top
+from weightfs.undumpable import forbid_core_dumps
 
 EPILOG = """\b
 Examples:
@@ -72,4 +73,5 @@ for command in (
 
 def main() -> None:
     """The entry point `weightfs`."""
+    forbid_core_dumps()
     cli.main(args=sys.argv[1:], prog_name="weightfs")

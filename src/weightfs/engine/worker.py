@@ -33,6 +33,7 @@ from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import open_source, schemes
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.stacks import tell_on_signal
+from weightfs.undumpable import forbid_core_dumps
 
 LANDINGS_PER_JOB = 2  # one chunk is hashed and written while the next one arrives
 LANDING_THREADS = 8
@@ -433,6 +434,7 @@ def die_with_parent(parent: int) -> None:
 def main() -> None:
     """`python -m weightfs.engine.worker FD PARENT_PID`."""
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    forbid_core_dumps()
     drop_capabilities()
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the engine decides

@@ -16,7 +16,7 @@ import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import trio
 
@@ -108,10 +108,21 @@ def _hostname(key: str) -> str:
     return "docker.io" if host in _DOCKER_HUBS else host
 
 
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether it can be sent: JSON can say half of a surrogate pair, which no encoding has."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _from_auth(entry: Any) -> Credentials | None:
     if not isinstance(entry, dict):
         return None
-    text = {name: value for name, value in entry.items() if isinstance(value, str)}
+    text = {name: value for name, value in entry.items() if _is_text(value)}
     username, password = text.get("username", ""), text.get("password", "")
     if text.get("auth"):
         try:
@@ -163,7 +174,7 @@ def _from_helper(answer: bytes, program: str) -> Credentials | None:
     username, secret = (
         (fields.get("Username"), fields.get("Secret")) if isinstance(fields, dict) else (None, None)
     )
-    if not isinstance(username, str) or not isinstance(secret, str) or not secret:
+    if not _is_text(username) or not _is_text(secret) or not secret:
         logger.warning("%s answered with something else than credentials", program)
         return None
     if username == _IDENTITY_USER:

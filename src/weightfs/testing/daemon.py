@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -24,7 +24,7 @@ from weightfs.control.client import ControlClient, find_daemon
 from weightfs.core.ref import parse_ref, tree_of
 from weightfs.errors import DaemonError
 from weightfs.mount.mounttable import mounts_at
-from weightfs.testing.mounts import clear
+from weightfs.testing.mounts import AS_NOBODY, NOBODY, clear
 
 T = TypeVar("T")
 
@@ -59,9 +59,19 @@ class Daemon:
         refs: What `weightfs mount` is told to pin.
         options: More of its command line.
         sabotage: Python that the daemon, not its workers, runs before it begins.
+        env: More of its environment.
+        ordinary_user: Run it as nobody, who gets `root`. Its mount is in a namespace of its own: `begin` it, and `ask`.
     """
 
-    def __init__(self, root: Path, *refs: str, options: Sequence[str] = (), sabotage: str = "") -> None:
+    def __init__(
+        self,
+        root: Path,
+        *refs: str,
+        options: Sequence[str] = (),
+        sabotage: str = "",
+        env: Mapping[str, str] | None = None,
+        ordinary_user: bool = False,
+    ) -> None:
         self.mountpoint = root.resolve() / "mnt"
         self.cache = root.resolve() / "cache"
         self.mountpoint.mkdir(parents=True, exist_ok=True)
@@ -70,10 +80,15 @@ class Daemon:
         self._program = ["-m", "weightfs"]
         if sabotage:
             self._program = ["-c", f"{sabotage}\nfrom weightfs.cli import main; main()"]
+        self._env = dict(env or {})
+        self._python = AS_NOBODY if ordinary_user else (sys.executable,)
         self._clients: list[subprocess.Popen[str]] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._home = tempfile.TemporaryDirectory(prefix="weightfs-daemon-")
         self._log = (Path(self._home.name) / "log").open("a+b")
+        if ordinary_user:
+            for place in (root, self.mountpoint, Path(self._home.name)):
+                os.chown(place, NOBODY, NOBODY)
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +103,7 @@ class Daemon:
         assert self._process is None, "it runs already"
         command = ["mount", "--cache", str(self.cache), *self._options, str(self.mountpoint), *self._refs]
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-            [sys.executable, *self._program, *command],
+            [*self._python, *self._program, *command],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -174,7 +189,9 @@ class Daemon:
             and not name.upper().endswith("_PROXY")
         }
         self.config.touch()
-        return {**kept, "XDG_RUNTIME_DIR": self._home.name, "WEIGHTFS_CONFIG": str(self.config)}
+        return {
+            **kept, "XDG_RUNTIME_DIR": self._home.name, "WEIGHTFS_CONFIG": str(self.config), **self._env,
+        }  # fmt: skip
 
     @property
     def config(self) -> Path:

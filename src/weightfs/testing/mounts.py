@@ -71,6 +71,21 @@ _PRELUDE = "\n".join(
 )
 
 
+# Before the arguments of a Python: it runs as nobody, in a mount namespace with a /dev/fuse for everybody.
+AS_NOBODY = (
+    "unshare",
+    "--mount",
+    "--propagation",
+    "private",
+    "--",
+    sys.executable,
+    "-I",
+    "-S",
+    "-c",
+    _AS_NOBODY,
+)
+
+
 def can_mount() -> bool:
     """Whether this machine and this user let the tests mount."""
     return Path("/dev/fuse").exists() and mounttable.has_mount_privilege()
@@ -123,19 +138,7 @@ class FakeMount:
         command = ["-m", "weightfs.testing.fake_server", config]
         if ordinary_user:
             os.chown(mountpoint, NOBODY, NOBODY)
-            unshare = [
-                "unshare",
-                "--mount",
-                "--propagation",
-                "private",
-                "--",
-                sys.executable,
-                "-I",
-                "-S",
-                "-c",
-                _AS_NOBODY,
-            ]
-            command = [*unshare, *command]
+            command = [*AS_NOBODY, *command]
         else:
             command = [sys.executable, *command]
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
