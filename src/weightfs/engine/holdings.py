@@ -24,7 +24,14 @@ from weightfs.engine.blobs import BlobState
 from weightfs.engine.committer import Batch, Committer
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.running import SAVABLE, RunningSha256
-from weightfs.errors import CacheError, DiskFault, FailureKind, IntegrityError, NoSpaceError, WeightfsError
+from weightfs.errors import (
+    CacheError,
+    FailureKind,
+    IntegrityError,
+    LostFileError,
+    NoSpaceError,
+    WeightfsError,
+)
 from weightfs.store.cache import Cache, ChunkState, Landing, RunState
 
 log = logging.getLogger(__name__)
@@ -55,6 +62,7 @@ class Holdings:
         self._fetcher: Fetcher
         self._committer: Committer
         self._relieve: Callable[[BlobState, int], Awaitable[bool]]
+        self.disk_failed: Callable[[Exception], None]
         self.disk_faults = 0
 
     def connect(
@@ -62,11 +70,13 @@ class Holdings:
         fetcher: Fetcher,
         committer: Committer,
         relieve: Callable[[BlobState, int], Awaitable[bool]],
+        disk_failed: Callable[[Exception], None],
     ) -> None:
-        """The two that call back into this one, and who makes room on a full disk; before anything else."""
+        """The two that call back into this one, and who is told of a full and of a sick disk; before anything else."""
         self._fetcher = fetcher
         self._committer = committer
         self._relieve = relieve
+        self.disk_failed = disk_failed
 
     def pinned(self, state: BlobState) -> bool:
         """Whether the blob is still there, and this is its state: it may have been removed, and added again."""
@@ -97,8 +107,8 @@ class Holdings:
         try:
             file, required = await trio.to_thread.run_sync(self._make_file, state)
             if state.file not in (None, file):
-                raise DiskFault(f"the cache file {state.path} was replaced")
-        except DiskFault as error:
+                raise LostFileError(f"the cache file {state.path} was replaced")
+        except LostFileError as error:
             log.warning("%s; fetching all of %s again", error, state.ref)
             await self._forget_file(state)
             file, required = await trio.to_thread.run_sync(self._make_file, state)
@@ -275,6 +285,7 @@ class Holdings:
             required, freed, file = await trio.to_thread.run_sync(self._punch_in_thread, owed)
         except CacheError as error:
             if self.pinned(state):
+                self.disk_failed(error)
                 log.error("cannot drop %d chunks of %s: %s", len(owed.chunks), state.ref, error)
                 self._fetcher.feed(plan.Undone(state.id, 0, failure_of(error)))
                 return False
@@ -362,6 +373,8 @@ class Holdings:
                 continue
             # First the hold: a fill would fetch again at once what cannot be kept.
             lost = await self._was_lost(state, batch.lives[blob], error)
+            if not lost:
+                self.disk_failed(error)
             failure = None if lost else failure_of(error)
             if failure and failure.kind is FailureKind.NO_SPACE and await self._relieve(state, 0):
                 failure = None  # there is room now: fetched again, it may be recorded

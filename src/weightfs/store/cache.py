@@ -45,6 +45,10 @@ __all__ = ["Cache", "ChunkState", "Landing", "Progress", "RunState", "StoredRef"
 log = logging.getLogger(__name__)
 
 SYNCS_AT_ONCE = 8
+TRIAL_BYTES = (
+    64 << 10
+)  # of a file that is written to see whether the disk takes it: in several blocks, and soon done
+_TRIAL = "trial"
 
 _NONE: Mapping[BlobId, Any] = MappingProxyType({})
 
@@ -465,6 +469,26 @@ class Cache:
         with disk_errors(f"look at the filesystem of {self.root}"):
             space = os.statvfs(self.root)
         return space.f_bavail * space.f_frsize
+
+    def trial(self) -> None:
+        """Write a little, sync it and read it back, as a file and in the index. CacheError says what went wrong."""
+        path = self.root / _TRIAL
+        with disk_errors(f"write {path}"):
+            descriptor = os.open(
+                path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
+            try:
+                sent = os.urandom(TRIAL_BYTES)
+                os.write(descriptor, sent)
+                os.fdatasync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+                came = os.pread(descriptor, TRIAL_BYTES, 0)
+            finally:
+                os.close(descriptor)
+                path.unlink(missing_ok=True)
+        if came != sent:
+            raise DiskFault(f"{path} did not keep what was written to it: look at the disk (dmesg)")
+        self._index.trial()
 
     def check(self, *, deep: bool = False) -> list[str]:
         """Sentences about everything in which index, bitmaps and files disagree; `deep` hashes every chunk."""

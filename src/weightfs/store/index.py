@@ -108,6 +108,8 @@ class Index:
         self._writer = threading.Lock()
         self._gate = _Gate()
         self._closed = False
+        self._map_size: int = env.info()["map_size"]
+        self._panicked = False
         self._reserve()
 
     @classmethod
@@ -124,26 +126,13 @@ class Index:
         with disk_errors(f"write to {directory}"):
             seal_file.unlink(missing_ok=True)
         with _lmdb_errors(directory):
-            env = lmdb.open(
-                os.fspath(directory),
-                map_size=map_size,
-                max_dbs=32,
-                mode=0o700,
-                max_readers=512,
-                readahead=False,
-            )
-            try:
-                env.reader_check()
-                tables = {name: env.open_db(name.encode()) for name in TABLES}
-            except BaseException:
-                env.close()
-                raise
+            env, tables = _open(directory, map_size)
         return cls(directory, env, tables)
 
     @contextmanager
     def read(self) -> Iterator[Txn]:
         """A snapshot. Keep it short: a map that must grow waits for it."""
-        with self._gate.shared(), _lmdb_errors(self.directory):
+        with self._gate.shared(), self._errors():
             self._check_open()
             with self._env.begin() as txn:
                 yield Txn(txn, self._tables)
@@ -162,7 +151,7 @@ class Index:
                     return result
 
     def _attempt(self, job: Callable[[Txn], T]) -> T:
-        with _lmdb_errors(self.directory):
+        with self._errors():
             txn = self._env.begin(write=True)
             try:
                 result = job(Txn(txn, self._tables))
@@ -201,6 +190,23 @@ class Index:
                 self._closed = True
                 self._env.close()
 
+    def trial(self) -> None:
+        """Write something, as it is, in a synced transaction. DiskFault, NoSpaceError, CacheError.
+
+        LMDB refuses every further call once a page that names the newest state could not be written (MDB_PANIC); such
+        an index is opened anew first, from what is on the disk: the last transaction that was told to be good.
+        """
+        if self._panicked:
+            self._reopen()
+        self.write(lambda txn: txn.put("meta", b"state", txn.get("meta", b"state") or b""))
+
+    def _reopen(self) -> None:
+        with self._writer, self._gate.exclusive(), _lmdb_errors(self.directory):
+            self._check_open()
+            self._env.close()
+            self._env, self._tables = _open(self.directory, self._map_size)
+            self._panicked = False
+
     def verify(self) -> list[str]:
         """What a walk over every byte of the file finds wrong. Writers wait meanwhile."""
         walk: Callable[[str], list[str]] = lmdb.verify.verify  # has no annotations of its own
@@ -211,6 +217,15 @@ class Index:
             except lmdb.verify.VerifyError as error:
                 findings = [str(error)]
         return [f"the index {self.directory} is damaged: {finding}" for finding in findings]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        with _lmdb_errors(self.directory):
+            try:
+                yield
+            except lmdb.PanicError:
+                self._panicked = True
+                raise
 
     def _check_open(self) -> None:
         if self._closed:
@@ -224,6 +239,7 @@ class Index:
                     f"the index {self.directory} outgrew {_MAX_MAP_SIZE} bytes: remove some refs"
                 )
             self._env.set_mapsize(size)
+            self._map_size = size
 
     def _reserve(self) -> None:
         """Keep room for the transactions that free room. Where the filesystem cannot, they may fail: no harm done."""
@@ -237,6 +253,19 @@ class Index:
                 reserve(descriptor, found.st_size + _HEADROOM)
         finally:
             os.close(descriptor)
+
+
+def _open(directory: Path, map_size: int) -> tuple[lmdb.Environment, dict[str, lmdb._Database]]:
+    """lmdb.Error."""
+    env = lmdb.open(
+        os.fspath(directory), map_size=map_size, max_dbs=32, mode=0o700, max_readers=512, readahead=False
+    )
+    try:
+        env.reader_check()
+        return env, {name: env.open_db(name.encode()) for name in TABLES}
+    except BaseException:
+        env.close()
+        raise
 
 
 class _Gate:
@@ -302,7 +331,7 @@ def _lmdb_errors(directory: Path) -> Iterator[None]:
         raise corrupt(directory, str(error)) from error
     except lmdb.PanicError as error:
         raise DiskFault(
-            f"the index {directory} failed to reach the disk before: restart weightfs ({error})"
+            f"the index {directory} failed to reach the disk before: look at the disk (dmesg) ({error})"
         ) from error
     except lmdb.Error as error:
         raise _of_lmdb(error, directory) from error

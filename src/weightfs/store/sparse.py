@@ -28,7 +28,7 @@ from pathlib import Path
 
 from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import BlobId
-from weightfs.errors import CacheError, DiskFault, NoSpaceError
+from weightfs.errors import CacheError, DiskFault, LostFileError, NoSpaceError
 
 _PUNCH_HOLE = 0x02  # FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 _KEEP_SIZE = 0x01  # FALLOC_FL_KEEP_SIZE
@@ -66,9 +66,9 @@ def translate(error: OSError, what: str, blob: BlobId | None = None) -> CacheErr
                 f"the cache cannot {what}: it is a symbolic link, which weightfs does not follow; remove it"
             )
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return CacheError(
-                f"the cache cannot {what}: {reason}; give user {os.geteuid()} write access, or choose another directory"
-            )
+            way_out = f"give user {os.geteuid()} write access, or choose another directory"
+            kind = DiskFault if error.errno == errno.EROFS else CacheError
+            return kind(f"the cache cannot {what}: {reason}; {way_out}")
         case errno.EMFILE | errno.ENFILE:
             return CacheError(
                 f"the cache cannot {what}: {reason}; raise the limit of open files (LimitNOFILE)"
@@ -80,6 +80,16 @@ def translate(error: OSError, what: str, blob: BlobId | None = None) -> CacheErr
 def reserve(descriptor: int, stop: int) -> bool:
     """Give a file disk blocks up to byte `stop` without changing its length; False where that cannot be had."""
     return bool(_libc.fallocate(descriptor, _KEEP_SIZE, 0, stop) == 0)
+
+
+def punch_hole(descriptor: int, span: ByteSpan) -> bool:
+    """Give the space of whole blocks of a file back; False if its filesystem cannot. OSError."""
+    if not _libc.fallocate(descriptor, _PUNCH_HOLE | _KEEP_SIZE, span.start, len(span)):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+        return False
+    raise OSError(number, os.strerror(number))
 
 
 @dataclass(slots=True)
@@ -230,13 +240,8 @@ class SparseFiles:
             for span in spans:
                 # Past the end too, so that the last, partial block is freed and not only zeroed.
                 stop = -(-span.stop // _BLOCK) * _BLOCK if span.stop >= length else span.stop
-                if stop > span.start and _libc.fallocate(
-                    descriptor, _PUNCH_HOLE | _KEEP_SIZE, span.start, stop - span.start
-                ):
-                    number = ctypes.get_errno()
-                    if number in (errno.EOPNOTSUPP, errno.ENOSYS):
-                        return False
-                    raise OSError(number, os.strerror(number))
+                if stop > span.start and not punch_hole(descriptor, ByteSpan(span.start, stop)):
+                    return False
         return True
 
     def forget_pages(self, blob: BlobId, span: ByteSpan) -> None:
@@ -336,9 +341,9 @@ class SparseFiles:
         with self._lock:
             self._seen.setdefault(blob, (found.st_dev, found.st_ino))
 
-    def _fault(self, blob: BlobId, what: str) -> DiskFault:
+    def _fault(self, blob: BlobId, what: str) -> LostFileError:
         way_out = "what it held must be fetched again: run `weightfs verify --repair`"
-        return DiskFault(f"the cache file {self.path(blob)} {what}; {way_out}", blob=str(blob))
+        return LostFileError(f"the cache file {self.path(blob)} {what}; {way_out}", blob=str(blob))
 
     # Descriptors
 
