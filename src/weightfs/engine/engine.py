@@ -431,9 +431,8 @@ class Engine:
     def status(self) -> EngineStatus:
         """A snapshot of everything."""
         now = trio.current_time()
-        trouble = self._watch.trouble or str(self._committer.trouble or self._room.trouble)
-        if self._uncached.busy and not self._watch.bypassed:
-            trouble = f"{trouble or 'the cache refuses'}; what readers want and it cannot take is not kept"
+        full = str(self._committer.trouble or self._room.trouble)
+        trouble = self._watch.trouble or self._uncached.trouble(full)
         uncached = self._uncached.fetcher.fetched_bytes
         return EngineStatus(
             version=__version__,
@@ -478,6 +477,9 @@ class Engine:
 
     async def quiet(self) -> None:
         """Wait until nothing is in flight and everything is durable and sealed as far as it can be. For tests."""
+        await (
+            self._committer.flush()
+        )  # also waits for a commit that is being done: it is not `pending` any more
         while not (
             self._planner.idle()
             and self._uncached.planner.idle()
@@ -486,8 +488,8 @@ class Engine:
             and self._sealer.idle
             and not self._headers.busy
         ):
-            await self._committer.flush()
             await trio.sleep(0.01)
+            await self._committer.flush()
 
 
 def _move(before: StoredRef, revision: str) -> Outcome:

@@ -48,6 +48,7 @@ IDLE_SECONDS: Final = 30.0
 SWEEP_SECONDS: Final = 10.0
 # After a refusal readers go past the cache at once for so long; then the cache is asked again. As `Limits.hold_base`.
 REFUSAL_SECONDS: Final = 5.0
+_NOT_KEPT: Final = "what readers want and it cannot take is read from the network and not kept"
 FIRST_JOB: Final = 1 << 40  # job numbers tell whose a job is: the other planner's never come so far
 
 
@@ -60,22 +61,20 @@ class Uncached:
         pool: WorkerPool,
         memory: MemoryFile,
         nursery: trio.Nursery,
-        *,
-        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        self._limit = memory_bytes
+        self._limit = MEMORY_BYTES
         self._memory = memory
         # What lands here is never durable: the bounds of that do not hold, and memory is the bound.
         boundless = replace(limits, unsettled_bytes=1 << 62, background_unsettled_bytes=1 << 62)
         self.planner = Planner(boundless, first_job=FIRST_JOB)
         self.fetcher = Fetcher(self.planner, pool, self._landed, _not_lost, nursery, self._place)
         self.fetcher.connect(self._need_room, _no_relief, _not_the_disk)
-        background = memory_bytes - memory_bytes // BACKGROUND_PART
-        self.fetcher.feed(plan.Capacity(memory_bytes, background))
+        self.fetcher.feed(plan.Capacity(self._limit, self._limit - self._limit // BACKGROUND_PART))
         self._known: dict[BlobId, BlobState] = {}
         self._held: OrderedDict[tuple[BlobId, int], float] = OrderedDict()  # when last read, the oldest first
         self._awaited: Counter[tuple[BlobId, int]] = Counter()
         self._until: dict[BlobId, float] = {}
+        self._why = ""
         self._poked = trio.Event()
         self._said = False
 
@@ -84,18 +83,22 @@ class Uncached:
     def refused(self, state: BlobState, text: str) -> None:
         """The cache has no place for what is wanted of a blob: for a while its readers need not ask."""
         self._until[state.id] = trio.current_time() + REFUSAL_SECONDS
+        self._why = text
         self._poked.set()
         if not self._said:
             self._said = True
-            log.warning("%s; what readers want of it is read from the network and not kept", text)
+            log.warning("%s; %s", text, _NOT_KEPT)
 
     def serves(self, state: BlobState) -> bool:
         """Whether the cache has refused the blob lately."""
         return self._until.get(state.id, float("-inf")) > trio.current_time()
 
+    def trouble(self, known: str) -> str:
+        """What is `known` to be wrong with the cache and, if it has refused anything lately, what readers get then."""
+        return f"{known or self._why}; {_NOT_KEPT}" if self._busy else known
+
     @property
-    def busy(self) -> bool:
-        """Whether the cache has refused any blob lately."""
+    def _busy(self) -> bool:
         return any(until > trio.current_time() for until in self._until.values())
 
     # ---- reading
@@ -184,7 +187,7 @@ class Uncached:
             self._make_room()
             old = [key for key, used in self._held.items() if used + IDLE_SECONDS <= now]
             self._let_go([key for key in old if key not in self._awaited])
-            if self._said and not self.busy and not self._held:
+            if self._said and not self._busy and not self._held:
                 self._said = False  # when it begins again, that is news
 
     def _make_room(self) -> None:
