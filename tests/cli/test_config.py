@@ -14,6 +14,8 @@ from weightfs.app.settings import check_chunks, engine_settings, fetch_settings
 from weightfs.config import Config, HeaderRule, find_file, load
 from weightfs.config.load import MAX_FILE_BYTES, check, default_cache, variable_of
 from weightfs.config.model import MirrorRule, keys_of
+from weightfs.core.bandwidth import Timetable
+from weightfs.core.geometry import MIB
 from weightfs.core.manifest import Policy
 from weightfs.engine.settings import FillMode
 from weightfs.errors import ConfigError, UsageError
@@ -44,6 +46,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
         trusted-keys = ["{KEY}"]
         workers = 2
         max-jobs = 8
+        bandwidth = "8:00,2MiB  18:00,off"
         readahead = "32MiB"
         commit-size = "8MiB"
         commit-interval = 0.5
@@ -65,6 +68,9 @@ def test_everything_at_once(tmp_path: Path) -> None:
         [[mirror]]
         prefix = "https://models.example.com/"
         url = "http://mirror.lan/models/"
+        [[host]]
+        name = "Mirror.lan"
+        bandwidth = "1MiB"
         """,
     )
     assert (config.browse, config.browse_ttl, config.browse_timeout) == (True, 300, 3)
@@ -84,6 +90,8 @@ def test_everything_at_once(tmp_path: Path) -> None:
     assert (engine.readahead_bytes, engine.commit_bytes, engine.commit_seconds) == (2**25, 2**23, 0.5)
     assert (engine.limits.max_jobs, engine.limits.max_retries) == (8, 7)
     assert engine.limits.background_jobs < engine.limits.max_jobs
+    assert engine.bandwidth == Timetable(((8 * 60, 2 * MIB), (18 * 60, None)))
+    assert engine.host_bandwidth == (("mirror.lan", Timetable(((0, MIB),))),)
     assert config.cache == Path("~/models-cache").expanduser()
     assert config.mirror == (
         MirrorRule(prefix="https://models.example.com/", url="http://mirror.lan/models/"),
@@ -95,6 +103,23 @@ def test_every_key_has_a_variable_and_is_documented() -> None:
     for key in keys_of(Config):
         assert f"`{key}`" in text, f"{key} is not in docs/configuration.md"
         assert variable_of(key).startswith("WEIGHTFS_")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ['"1KiB"', '"08:00,2MiB 8:00,off"', '"25:00,2MiB"', '"08:00,fast"', '"08:00"', '""', "true", "1.5", '"-1"',
+     '"' + " ".join(f"{n // 60}:{n % 60:02},off" for n in range(49)) + '"'],
+)  # fmt: skip
+def test_a_bandwidth_that_is_none_says_how_it_is_written(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"bandwidth: .*(MiB|KiB)"):
+        load_text(tmp_path, f"bandwidth = {value}")
+
+
+def test_a_host_has_one_table(tmp_path: Path) -> None:
+    table = '[[host]]\nname = "a.lan"\nbandwidth = "1MiB/s"\n'
+    assert load_text(tmp_path, table).host[0].bandwidth == "1MiB/s"
+    with pytest.raises(ConfigError, match=r"a\.lan has two tables"):
+        load_text(tmp_path, table + table.replace("a.lan", "A.lan"))
 
 
 def test_an_option_beats_a_variable_beats_the_file_beats_the_default(tmp_path: Path) -> None:

@@ -202,6 +202,13 @@ def test_pull_that_is_interrupted_goes_on_from_there(slow_stage: Stage) -> None:
     assert not socket_path(slow_stage.cache).exists()
 
 
+def test_pull_keeps_to_its_bandwidth(stage: Stage) -> None:
+    """A busy machine takes longer, never less."""
+    began = time.monotonic()
+    stage.run("pull", f"{stage.put('m.gguf')}#sha256={SHA256}", "--bandwidth", "2MiB", "--max-jobs", "2")
+    assert time.monotonic() - began > 2.1
+
+
 def test_verify_finds_and_repairs_a_flipped_bit(stage: Stage) -> None:
     ref = f"{stage.put('m.gguf')}#sha256={SHA256}"
     stage.run("pull", ref)

@@ -112,6 +112,17 @@ def test_one_reader_of_a_chunk_withdraws_and_the_other_is_served() -> None:
 # ---- who goes first
 
 
+def test_a_job_is_urgent_from_when_a_reader_waits_for_it_until_it_ends() -> None:
+    made = driver(count=4)
+    made.fill(A)
+    job = min(made.jobs)
+    assert not made.planner.urgent(job)
+    made.need(A, 0, 1)
+    assert made.planner.urgent(job)
+    run_all(made)
+    assert not made.planner.urgent(job)
+
+
 def test_demand_goes_before_read_ahead_and_read_ahead_before_fill() -> None:
     made = driver(max_jobs=1, background_jobs=1)
     made.need(A, 0, 1)

@@ -9,6 +9,7 @@ from typing import Final
 
 from weightfs.app.credentials import hub_endpoint, hub_token, registry_auth_file
 from weightfs.config import Config
+from weightfs.config.values import parse_bandwidth
 from weightfs.core.mirror_rules import PrefixRule
 from weightfs.core.plan import Limits
 from weightfs.core.ref import parse_ref
@@ -99,6 +100,8 @@ def engine_settings(
         policy=config.policy,
         read_timeout=config.read_timeout,
         readahead_bytes=config.readahead,
+        bandwidth=None if config.bandwidth is None else parse_bandwidth(config.bandwidth),
+        host_bandwidth=tuple((rule.name, parse_bandwidth(rule.bandwidth)) for rule in config.host),
         max_bytes=config.max_size,
         min_free_bytes=config.min_free,
         max_age=config.max_age,

@@ -27,7 +27,7 @@ _KEYS: Final = {"trusted_key": "trusted-keys", "private_host": "private-hosts"}
 # Settings that decide how origins are asked, and what the cache may hold: a daemon has its own.
 FETCH_KEYS: Final = (
     "retry", "retry-delay", "timeout", "connect-timeout", "stall-timeout", "proxy", "header", "ca-file",
-    "private-hosts", "trusted-keys", "policy", "workers", "max-jobs", "hf-endpoint", "hf-token-file",
+    "private-hosts", "trusted-keys", "policy", "workers", "max-jobs", "bandwidth", "hf-endpoint", "hf-token-file",
     "registry-auth-file", "max-size", "min-free", "max-age",
 )  # fmt: skip
 
@@ -98,6 +98,11 @@ fetch_options = _stack(
         "--workers", metavar="N", help="Fetch worker processes; 0: none.  [default: cores, at most 4]"
     ),
     click.option("--max-jobs", metavar="N", help="Requests in flight.  [default: 32]"),
+    click.option(
+        "--bandwidth",
+        metavar="RATE",
+        help="Bytes per second, such as 10MiB, or by time of day: '08:00,2MiB 18:00,off'.  [default: no limit]",
+    ),
 )
 
 limit_options = _stack(

@@ -22,7 +22,7 @@ COMMAND_LINE: Final = "command line"
 ENVIRONMENT: Final = "environment"
 # Settings that take several values; a variable holds one per line.
 _LISTS: Final = ("refs", "trusted-keys", "private-hosts")
-_FILE_ONLY: Final = ("mirror", "endpoint")
+_FILE_ONLY: Final = ("mirror", "endpoint", "host")
 
 
 def default_cache(env: Mapping[str, str]) -> Path:

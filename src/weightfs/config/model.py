@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from weightfs.config.values import (
+    Bandwidth,
     BaseUrl,
     HeaderName,
     HeaderValue,
@@ -94,6 +95,13 @@ class EndpointRule(Section):
     url: BaseUrl
 
 
+class HostRule(Section):
+    """`[[host]]`: limits of one host that mirrors' URLs name."""
+
+    name: Host
+    bandwidth: Bandwidth
+
+
 class Config(Section):
     """Every setting. Times in seconds, sizes in bytes."""
 
@@ -116,6 +124,8 @@ class Config(Section):
     # fetching
     workers: Annotated[int, count(0, 64)] | None = None
     max_jobs: Annotated[int, count(1, 512)] = 32
+    bandwidth: Bandwidth | None = None
+    host: tuple[HostRule, ...] = Field(default=(), max_length=64)
     readahead: Annotated[int, size(MIB, GIB)] = 64 * MIB
     commit_size: Annotated[int, size(MIB, GIB)] = 16 * MIB
     commit_interval: Annotated[float, seconds(0.05, 60)] = 1.0
@@ -147,8 +157,21 @@ class Config(Section):
             raise ValueError(f"the host {twice} has two endpoints; keep one of them")
         return rules
 
+    @field_validator("host")
+    @classmethod
+    def _each_limit_once(cls, rules: tuple[HostRule, ...]) -> tuple[HostRule, ...]:
+        names = [rule.name for rule in rules]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the host {twice} has two tables; keep one of them")
+        return rules
 
-SECTIONS: dict[str, type[Section]] = {"header": HeaderRule, "mirror": MirrorRule, "endpoint": EndpointRule}
+
+SECTIONS: dict[str, type[Section]] = {
+    "header": HeaderRule,
+    "mirror": MirrorRule,
+    "endpoint": EndpointRule,
+    "host": HostRule,
+}
 
 
 def keys_of(section: type[Section]) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Annotated, Final
 
 from pydantic import AfterValidator, BeforeValidator
 
-from weightfs.core.geometry import KIB
+from weightfs.core.bandwidth import Timetable
+from weightfs.core.geometry import GIB, KIB
 from weightfs.core.oci import DOCKER_HUB, DOCKER_HUB_ALIASES
 from weightfs.core.ref import canonical_url, without_secrets
 from weightfs.errors import RefError
@@ -64,6 +65,50 @@ def size(low: int, high: int) -> BeforeValidator:
         raise ValueError(f"must be from {format_size(low)} to {format_size(high)}")
 
     return BeforeValidator(check)
+
+
+MIN_BANDWIDTH: Final = 128 * KIB  # less, and an origin takes one of our many requests for dead
+MAX_BANDWIDTH: Final = 1024 * GIB
+_MAX_STEPS: Final = 48
+_STEP: Final = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9]),(\S+)")
+
+
+def parse_bandwidth(text: str) -> Timetable:
+    """`10MiB`, or `08:00,2MiB 18:00,off`: bytes per second from a time of the day on. ValueError in one clause."""
+    parts = text.split() or [""]
+    if len(parts) == 1 and "," not in parts[0]:
+        return Timetable(((0, _rate(parts[0])),))
+    steps: dict[int, int | None] = {}
+    for part in parts[: _MAX_STEPS + 1]:
+        match = _STEP.fullmatch(part)
+        minute = int(match[1]) * 60 + int(match[2]) if match else -1
+        if match is None or minute in steps or len(parts) > _MAX_STEPS:
+            raise ValueError(
+                f"{text[:80]!r} is no limit; write bytes per second such as 10MiB, or up to {_MAX_STEPS} times of the "
+                "day, each once, such as '08:00,2MiB 18:00,off'"
+            )
+        steps[minute] = _rate(match[3])
+    return Timetable(tuple(sorted(steps.items())))
+
+
+def _rate(text: str) -> int | None:
+    if text == "off":
+        return None
+    number = parse_size(text.removesuffix("/s"))
+    if MIN_BANDWIDTH <= number <= MAX_BANDWIDTH:
+        return number
+    low, high = format_size(MIN_BANDWIDTH), format_size(MAX_BANDWIDTH)
+    raise ValueError(f"must be from {low} to {high} a second, or off")
+
+
+def _bandwidth(value: object) -> str:
+    match value:
+        case str() | int() if not isinstance(value, bool):
+            parse_bandwidth(str(value))
+            return " ".join(str(value).split())
+    raise ValueError(
+        "must be bytes per second such as '10MiB', or a timetable such as '08:00,2MiB 18:00,off'"
+    )
 
 
 def count(low: int, high: int) -> BeforeValidator:
@@ -207,4 +252,5 @@ BaseUrl = Annotated[str, AfterValidator(base_url)]
 RegistryHost = Annotated[str, AfterValidator(_registry_host)]
 ProxyUrl = Annotated[str, AfterValidator(_proxy)]
 Host = Annotated[str, AfterValidator(_host)]
+Bandwidth = Annotated[str, BeforeValidator(_bandwidth)]
 HostPath = Annotated[Path, BeforeValidator(_path)]

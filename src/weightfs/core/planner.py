@@ -141,6 +141,11 @@ class Planner:
         demand = [blob for blob, priority in short.items() if priority is Priority.DEMAND]
         return sum(max(blob.lacking, self._ledger.cost(blob, blob.demand)) for blob in demand)
 
+    def urgent(self, job: int) -> bool:
+        """Whether a reader waits for what the job fetches. False for one that has ended."""
+        found = self._ledger.jobs.get(job)
+        return found is not None and found.priority is Priority.DEMAND
+
     def jobs(self, now: float) -> list[InFlight]:
         """What is in flight, oldest first."""
         return [_describe(job, now) for job in self._ledger.jobs.values()]

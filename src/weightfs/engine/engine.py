@@ -17,6 +17,7 @@ import trio
 
 from weightfs import __version__
 from weightfs.core import plan
+from weightfs.core.bandwidth import Pacer
 from weightfs.core.diskhealth import Health
 from weightfs.core.geometry import ByteSpan, ChunkSpan
 from weightfs.core.manifest import BlobId, Manifest, Policy
@@ -84,12 +85,18 @@ class Engine:
         self._pool = WorkerPool(
             settings, self._handle, keep_fds=(cache.lock_fd,), memory=self._memory.descriptor
         )
+        pacer = Pacer(settings.bandwidth, dict(settings.host_bandwidth))
         self._fetcher = Fetcher(
-            self._planner, self._pool, self._holdings.landed, self._holdings.mend, nursery
+            self._planner,
+            self._pool,
+            self._holdings.landed,
+            self._holdings.mend,
+            nursery,
+            pacer,
         )
         self._committer = Committer(cache, settings, self._holdings.committed, self._holdings.lost)
         self._room = Room(cache, settings, self._catalog, self._planner, self._fetcher, self._holdings)
-        self._uncached = Uncached(settings.limits, self._pool, self._memory, nursery)
+        self._uncached = Uncached(settings.limits, self._pool, self._memory, pacer, nursery)
         self._watch = DiskWatch(cache, self._catalog, self._fetcher, self._revive)
         self._holdings.connect(self._fetcher, self._committer, self._room.relieve, self._watch.failed)
         self._fetcher.connect(self._room.poke, self._room.relieve, self._watch.failed)
@@ -128,10 +135,12 @@ class Engine:
         await self._nursery.start(self._pool.run)
         for task in (
             self._fetcher.keep_time,
+            self._fetcher.keep_pace,
             self._committer.run,
             self._sealer.run,
             self._room.run,
             self._uncached.fetcher.keep_time,
+            self._uncached.fetcher.keep_pace,
             self._uncached.run,
             self._watch.run,
         ):
@@ -465,6 +474,8 @@ class Engine:
         problems = self._planner.check() + self._uncached.check()
         if not self._planner.idle():
             problems.append(f"{self._fetcher.jobs} fetches in flight, {self._planner.waiting()} readers wait")
+        if self._fetcher.paced > self._fetcher.jobs:
+            problems.append(f"{self._fetcher.paced - self._fetcher.jobs} fetches are paced that have ended")
         if self._pool.jobs:
             problems.append(f"{self._pool.jobs} jobs of the workers are unanswered")
         for state in self._catalog.states():

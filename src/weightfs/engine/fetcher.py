@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from weightfs.core import plan
+from weightfs.core.bandwidth import Pacer
 from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import BlobId
@@ -22,6 +23,7 @@ from weightfs.core.planner import Planner
 from weightfs.core.ref import without_secrets
 from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
+from weightfs.engine.pacing import Pacing
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, DiskFault, FailureKind, ReadError
 
@@ -72,6 +74,7 @@ class Fetcher:
         landed: Callable[[BlobState, int, bytes], None],
         mend: Callable[[BlobState, int], Awaitable[bool]],
         nursery: trio.Nursery,
+        pacer: Pacer,
         place: Callable[[BlobState], Place] = on_disk,
     ) -> None:
         self._planner = planner
@@ -90,6 +93,7 @@ class Fetcher:
         self._need_room: Callable[[], None] = lambda: None
         self._relieve: Callable[[BlobState, int], Awaitable[bool]]
         self._disk_failed: Callable[[Exception], None]
+        self._pacing = Pacing(pacer, planner.urgent, lambda job: pool.tell(wire.GoOn(job)))
         self.closed: Failure | None = None
         self.fetched_bytes = 0
         self.mismatches = 0
@@ -111,6 +115,11 @@ class Fetcher:
     def jobs(self) -> int:
         """How many fetches are in flight."""
         return len(self._jobs)
+
+    @property
+    def paced(self) -> int:
+        """How many of them keep a bandwidth limit."""
+        return self._pacing.jobs
 
     def add(self, state: BlobState, present: ChunkSet, kept: Iterable[int] = ()) -> None:
         """Make a blob known. `present` is shared with the planner from here on; `kept` as in `plan.Added`."""
@@ -183,6 +192,7 @@ class Fetcher:
                 sorted(fetch.wanted),
                 list(place.file or ()),
                 place.memory,
+                self._pacing.begin(fetch.job, mirror.url),
             )
         )
 
@@ -205,9 +215,10 @@ class Fetcher:
                 self._mismatched(job, chunk, actual)
             case wire.JobTrimmed(job, stop):
                 self.feed(plan.Trimmed(job, stop))
+            case wire.Received(job, nbytes):
+                self._pacing.pay(job, nbytes)
             case wire.JobDone(job):
-                self._jobs.pop(job, None)
-                self._ended.set()
+                self._over(job)
                 self.feed(plan.Done(job))
             case wire.JobFailed():
                 self._failed(message)
@@ -243,9 +254,13 @@ class Fetcher:
         )
         self.feed(plan.Mismatched(job, chunk, Failure(FailureKind.MISMATCH, text, mirror, None, chunk)))
 
-    def _failed(self, message: wire.JobFailed) -> None:
-        running = self._jobs.pop(message.job, None)
+    def _over(self, job: int) -> _Running | None:
+        self._pacing.end(job)
         self._ended.set()
+        return self._jobs.pop(job, None)
+
+    def _failed(self, message: wire.JobFailed) -> None:
+        running = self._over(message.job)
         kind = FailureKind(message.kind)
         if running is not None and kind is not FailureKind.CANCELLED:
             log.info("fetch of %s: %s (%s)", running.state.ref, message.text, kind)
@@ -309,6 +324,10 @@ class Fetcher:
             waiting.failure = self.closed
             waiting.event.set()
             self.feed(plan.Withdrawn(number))
+
+    async def keep_pace(self) -> None:
+        """Lets paced fetches go on when it is time, until cancelled."""
+        await self._pacing.run()
 
     async def keep_time(self) -> None:
         """Ticks for the planner, until cancelled."""

@@ -6,6 +6,7 @@ import enum
 import os
 from dataclasses import dataclass, field
 
+from weightfs.core.bandwidth import Timetable
 from weightfs.core.geometry import MIB
 from weightfs.core.manifest import Policy
 from weightfs.core.mirror_rules import PrefixRule
@@ -42,6 +43,9 @@ class EngineSettings:
     policy: Policy = Policy.PROVISIONAL
     read_timeout: float = 600.0  # a read that waits longer fails; 0: it waits for ever
     readahead_bytes: int = 64 * MIB  # largest window of one sequential stream
+    # Bytes per second by the time of day, over all hosts and of single ones (lower case, as URLs name them).
+    bandwidth: Timetable | None = None
+    host_bandwidth: tuple[tuple[str, Timetable], ...] = ()
     # The cache's limits (docs/design.md, "Eviction"); None: no limit. Of `min_free_bytes`, None is the default rule.
     max_bytes: int | None = None  # what chunks may take
     min_free_bytes: int | None = 0  # what the cache's filesystem has to keep free

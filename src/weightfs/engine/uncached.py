@@ -24,6 +24,7 @@ from typing import Final
 import trio
 
 from weightfs.core import plan
+from weightfs.core.bandwidth import Pacer
 from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import MIB, ByteSpan, ChunkSpan
 from weightfs.core.manifest import BlobId
@@ -60,6 +61,7 @@ class Uncached:
         limits: Limits,
         pool: WorkerPool,
         memory: MemoryFile,
+        pacer: Pacer,
         nursery: trio.Nursery,
     ) -> None:
         self._limit = MEMORY_BYTES
@@ -67,7 +69,8 @@ class Uncached:
         # What lands here is never durable: the bounds of that do not hold, and memory is the bound.
         boundless = replace(limits, unsettled_bytes=1 << 62, background_unsettled_bytes=1 << 62)
         self.planner = Planner(boundless, first_job=FIRST_JOB)
-        self.fetcher = Fetcher(self.planner, pool, self._landed, _not_lost, nursery, self._place)
+        # One pacer for both fetchers: there is one line.
+        self.fetcher = Fetcher(self.planner, pool, self._landed, _not_lost, nursery, pacer, self._place)
         self.fetcher.connect(self._need_room, _no_relief, _not_the_disk)
         self.fetcher.feed(plan.Capacity(self._limit, self._limit - self._limit // BACKGROUND_PART))
         self._known: dict[BlobId, BlobState] = {}

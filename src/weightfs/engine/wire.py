@@ -44,7 +44,7 @@ class FetchJob:
 
     `whole`: no ranges; of the stream write only the chunks in `wanted`. `file`: device and inode that `path` must have;
     another file, or one that is shorter than `size`, is not written to. `memory`: write to the memory file that every
-    worker has inherited instead, where the blob's byte 0 has this offset.
+    worker has inherited instead, where the blob's byte 0 has this offset. `paced`: it says `Received`.
     """
 
     job: int
@@ -60,6 +60,7 @@ class FetchJob:
     wanted: list[int] = field(default_factory=list)
     file: list[int] = field(default_factory=list)
     memory: int | None = None
+    paced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,13 @@ class TrimJob:
 
     job: int
     at: int
+
+
+@dataclass(frozen=True, slots=True)
+class GoOn:
+    """The answer to `Received`."""
+
+    job: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +132,14 @@ class JobTrimmed:
 
 
 @dataclass(frozen=True, slots=True)
+class Received:
+    """So many bytes came since the last one; the job takes no more before `GoOn`."""
+
+    job: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobDone:
     """The job ended well."""
 
@@ -162,8 +178,8 @@ class Alive:
     """Sent every few seconds: a worker that is silent for long is stopped or stuck, and is replaced."""
 
 
-ToWorker = Hello | Origin | FetchJob | TrimJob | StopJob | HashJob
-FromWorker = ChunkLanded | ChunkMismatched | JobTrimmed | JobDone | JobFailed | Hashed | Alive
+ToWorker = Hello | Origin | FetchJob | TrimJob | GoOn | StopJob | HashJob
+FromWorker = ChunkLanded | ChunkMismatched | JobTrimmed | Received | JobDone | JobFailed | Hashed | Alive
 Message = ToWorker | FromWorker
 
 
@@ -178,11 +194,13 @@ _TYPES: dict[str, type[Any]] = {
         Origin,
         FetchJob,
         TrimJob,
+        GoOn,
         StopJob,
         HashJob,
         ChunkLanded,
         ChunkMismatched,
         JobTrimmed,
+        Received,
         JobDone,
         JobFailed,
         Hashed,

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import trio
 
-from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
+from weightfs.core.geometry import KIB, BlobShape, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Mirror
 from weightfs.engine import wire
 from weightfs.engine.causes import one_cause
@@ -34,6 +34,8 @@ from weightfs.sources.base import FetchSettings, Source
 
 LANDINGS_PER_JOB = 2  # one chunk is hashed and written while the next one arrives
 LANDING_THREADS = 8
+# What a paced job receives before it says so and waits: little enough that many jobs together keep a low limit.
+PACE_BYTES = 64 * KIB
 NICENESS = 5  # of a worker: the process that answers the kernel goes first
 PATIENT_NICENESS = 15  # of the thread that hashes again
 PR_SET_PDEATHSIG = 1
@@ -111,6 +113,8 @@ class _Running:
     current: int
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     stopped: bool = False
+    unpaid: int = 0
+    go_on: trio.Event = field(default_factory=trio.Event)
 
 
 def _open_file(path: str, file: list[int]) -> int:
@@ -205,6 +209,9 @@ class Worker:
                 if running := self._jobs.get(job):
                     running.stop = min(running.stop, max(at, running.current + 1))
                     await self._send(wire.JobTrimmed(job, running.stop))
+            case wire.GoOn(job):
+                if running := self._jobs.get(job):
+                    running.go_on.set()
             case wire.StopJob(job):
                 if running := self._jobs.get(job):
                     running.stopped = True
@@ -271,6 +278,8 @@ class Worker:
         buffer: bytearray | None = None
         try:
             async for piece in pieces:
+                if job.paced:
+                    await self._pay(running, len(piece))
                 view = memoryview(piece)
                 while view:
                     if filled == 0 and (wanted is None or chunk in wanted):
@@ -294,6 +303,15 @@ class Worker:
         finally:
             if buffer is not None:
                 await self._buffers.give(buffer)
+
+    async def _pay(self, running: _Running, nbytes: int) -> None:
+        """Take the next bytes off the line only when the engine says so; the origin is slowed down by TCP."""
+        running.unpaid += nbytes
+        if running.unpaid >= PACE_BYTES:
+            running.go_on = trio.Event()
+            await self._send(wire.Received(running.job.job, running.unpaid))
+            running.unpaid = 0
+            await running.go_on.wait()
 
     async def _land_chunk(
         self,

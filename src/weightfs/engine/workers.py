@@ -87,7 +87,7 @@ class WorkerPool:
         self._where[job.job] = slot
         self._send(slot, job)
 
-    def tell(self, message: wire.TrimJob | wire.StopJob) -> None:
+    def tell(self, message: wire.TrimJob | wire.StopJob | wire.GoOn) -> None:
         """Pass it to the worker that has the job, if one has."""
         slot = self._where.get(message.job)
         if slot is not None:

@@ -47,6 +47,7 @@ class MemoryRepository:
     asked: list[str] = field(default_factory=list)
     most_open: int = 0
     gate: trio.Event | None = None  # no byte is given before it is set
+    piece: int = 0  # bytes that come at once; 0: all that were asked for
     _said: dict[str, Manifest] = field(default_factory=dict)
     _open_now: int = 0
 
@@ -102,8 +103,10 @@ class MemoryRepository:
     async def _pieces(self, mirror: Mirror, span: ByteSpan) -> AsyncGenerator[bytes, None]:
         if self.gate is not None:
             await self.gate.wait()
-        await trio.lowlevel.checkpoint()
-        yield self.contents[mirror.url][span.start : span.stop]
+        data = self.contents[mirror.url][span.start : span.stop]
+        for at in range(0, len(data), self.piece or len(data)):
+            await trio.lowlevel.checkpoint()
+            yield data[at : at + (self.piece or len(data))]
 
     def open_range(
         self,
