@@ -208,6 +208,8 @@ def status_lines(document: Document) -> list[str]:
     ):
         if count:
             lines.append(f"warning: {count} {text}")
+    if document["disk"] != "healthy":
+        lines.append(f"disk: {document['disk']}")
     if document["trouble"]:
         lines.append(f"trouble: {document['trouble']}")
     lines.append("")

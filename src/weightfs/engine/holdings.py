@@ -393,9 +393,24 @@ class Holdings:
         if life != state.life:  # of before the failure that was seen to already
             await self.drop(state, chunks)
             return
-        self._new_life(state)
-        await self.drop(state, [*chunks, *(chunk for chunk in state.present if chunk not in state.durable)])
-        self._cache.forgive(state.id, doubt)
+        async with state.preparing:
+            file = state.file
+            # Whatever begins before the file is renewed opens none: no file has this identity.
+            state.prepared, state.file = False, (0, 0)
+            self._new_life(state)
+            await self.drop(
+                state, [*chunks, *(chunk for chunk in state.present if chunk not in state.durable)]
+            )
+            try:
+                await trio.to_thread.run_sync(self._cache.renew, state.id)
+                self._cache.forgive(state.id, doubt)
+            except (
+                CacheError
+            ) as error:  # nothing is recorded before it can be done: the next commit comes here again
+                self.disk_failed(error)
+            if state.file == (0, 0):
+                state.file = file
+            self._new_life(state)
 
     async def _was_lost(self, state: BlobState, life: int, error: WeightfsError) -> bool:
         try:

@@ -246,6 +246,10 @@ class Uncached:
         problems = self.planner.check()
         if not self.planner.idle():
             problems.append(f"{self.fetcher.jobs} fetches into memory in flight")
+        if self.fetcher.paced > self.fetcher.jobs:
+            problems.append(
+                f"{self.fetcher.paced - self.fetcher.jobs} fetches into memory are paced and have ended"
+            )
         if self._awaited:
             problems.append(f"{len(self._awaited)} chunks in memory are awaited by nobody")
         held = {(blob, chunk) for blob in self._known for chunk in self.planner.present(blob)}

@@ -308,6 +308,25 @@ class Cache:
         """A token of the last failed sync of a blob's file: nothing written before it is recorded. Memory."""
         return self._lost.get(id)
 
+    def renew(self, id: BlobId) -> None:  # noqa: A002
+        """After a failed sync: have the kernel and the filesystem forget what they hold of chunks that are not recorded.
+
+        Else what is written there again may be lost without an error. The kernel keeps the pages of a failed write as if
+        they had been written; ext4 then never learns that their blocks are in use, and they read as zeros as soon as the
+        pages are gone (seen on Linux 6.18). Nobody may count on bytes of these chunks. CacheError: the doubt stays.
+        """
+        with self._changes:
+            with self._index.read() as txn:
+                shape = self._record(txn, id).blob.shape
+                present = ledger.load_bits(txn, id, shape).present
+                whole = evicting.load_use(txn, id).whole
+            absent = ChunkSet(shape.chunk_count, range(shape.chunk_count))
+            absent.difference(present)
+            if whole or not evicting.give_back(self._files, id, shape, absent):
+                # Somebody may have the file mapped: no holes. Pages that he has mapped stay, all others go.
+                self._files.sync(id)
+                self._files.forget_pages(id, ByteSpan(0, shape.size))
+
     def forgive(self, id: BlobId, doubt: object) -> None:  # noqa: A002
         """Whatever is committed from now on was written after that failed sync, which the caller vouches for. Memory.
 

@@ -49,6 +49,7 @@ _MAP_SIZE = 1 << 28  # address space, not memory: 2 million chunk records before
 _MAX_MAP_SIZE = 1 << 42
 # Kept allocated past the end of data.mdb: on a full disk, dropping chunks still needs new pages (copy on write).
 _HEADROOM = 8 << 20
+_READ_BYTES = 1 << 20
 _CLOSED = "closed"  # beside data.mdb: how it looked when we closed it
 
 T = TypeVar("T")
@@ -109,7 +110,7 @@ class Index:
         self._gate = _Gate()
         self._closed = False
         self._map_size: int = env.info()["map_size"]
-        self._panicked = False
+        self._doubted = False  # a write failed, and the file was not renewed since
         self._reserve()
 
     @classmethod
@@ -132,7 +133,7 @@ class Index:
     @contextmanager
     def read(self) -> Iterator[Txn]:
         """A snapshot. Keep it short: a map that must grow waits for it."""
-        with self._gate.shared(), self._errors():
+        with self._gate.shared(), _lmdb_errors(self.directory):
             self._check_open()
             with self._env.begin() as txn:
                 yield Txn(txn, self._tables)
@@ -142,16 +143,21 @@ class Index:
         with self._writer:
             while True:
                 self._check_open()
+                if self._doubted:
+                    self._renew()
                 try:
                     result = self._attempt(job)
                 except _MapIsFullError:
                     self._grow()
+                except DiskFault:
+                    self._doubted = True
+                    raise
                 else:
                     self._reserve()
                     return result
 
     def _attempt(self, job: Callable[[Txn], T]) -> T:
-        with self._errors():
+        with _lmdb_errors(self.directory):
             txn = self._env.begin(write=True)
             try:
                 result = job(Txn(txn, self._tables))
@@ -191,21 +197,30 @@ class Index:
                 self._env.close()
 
     def trial(self) -> None:
-        """Write something, as it is, in a synced transaction. DiskFault, NoSpaceError, CacheError.
-
-        LMDB refuses every further call once a page that names the newest state could not be written (MDB_PANIC); such
-        an index is opened anew first, from what is on the disk: the last transaction that was told to be good.
-        """
-        if self._panicked:
-            self._reopen()
+        """Write something, as it is, in a synced transaction. DiskFault, NoSpaceError, CacheError."""
         self.write(lambda txn: txn.put("meta", b"state", txn.get("meta", b"state") or b""))
 
-    def _reopen(self) -> None:
-        with self._writer, self._gate.exclusive(), _lmdb_errors(self.directory):
-            self._check_open()
+    def _renew(self) -> None:
+        """After a failed write: open the file anew, from what is on the disk. Every transaction that was told is there.
+
+        Pages of the failed one that stay in memory, as if they had been written, could be lost without an error when
+        they are written again (`Cache.renew` has the reason); and LMDB itself refuses every further call once the page
+        that names the newest state could not be written (MDB_PANIC). The whole file is read once before it is mapped:
+        an error is one of `read(2)` then, and not a SIGBUS. Until that succeeds, nothing can be read of it.
+        """
+        data = self.directory / "data.mdb"
+        with self._gate.exclusive(), _lmdb_errors(self.directory), disk_errors(f"read {data} again"):
             self._env.close()
+            descriptor = os.open(data, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                os.fdatasync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                while os.read(descriptor, _READ_BYTES):
+                    pass
+            finally:
+                os.close(descriptor)
             self._env, self._tables = _open(self.directory, self._map_size)
-            self._panicked = False
+        self._doubted = False
 
     def verify(self) -> list[str]:
         """What a walk over every byte of the file finds wrong. Writers wait meanwhile."""
@@ -217,15 +232,6 @@ class Index:
             except lmdb.verify.VerifyError as error:
                 findings = [str(error)]
         return [f"the index {self.directory} is damaged: {finding}" for finding in findings]
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        with _lmdb_errors(self.directory):
-            try:
-                yield
-            except lmdb.PanicError:
-                self._panicked = True
-                raise
 
     def _check_open(self) -> None:
         if self._closed:
