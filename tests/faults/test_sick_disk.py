@@ -189,7 +189,7 @@ def forget_pages(daemon: Daemon, ref: str) -> None:
 def test_readers_of_a_mount_never_see_that_the_disk_is_sick(disk: SickDisk, tmp_path: Path) -> None:
     """End to end: errors of writing first, then of reading what is cached; told in `status`; and back to normal."""
     plain = tmp_path / "plain.bin"
-    plain.write_bytes(random.Random(5).randbytes(24 * MIB + 17))
+    plain.write_bytes(random.Random(5).randbytes(16 * MIB + 17))
     ref = f"file://{plain}"
     options = ["--fill", "never", "--workers", "1", "--min-free", "0", "--no-passthrough"]
     with Daemon(disk.directory, ref, options=options, patch=PATCH) as daemon:

@@ -1,4 +1,4 @@
-"""After the disk refused writes: what is written again, and told to be there, is there when the kernel forgot its pages.
+"""After the disk refused writes: what is written again, and told to be there, is there when its pages are gone.
 
 The regression: ext4 reads zeros where the pages of a failed write were written again (Linux 6.18).
 """
@@ -15,7 +15,7 @@ import pytest
 from weightfs.core.geometry import ChunkSpan
 from weightfs.errors import DiskFault
 from weightfs.store.cache import Cache
-from weightfs.store.index import Index
+from weightfs.store.index import Index, Txn
 from weightfs.testing import disks
 from weightfs.testing.caches import Sample
 from weightfs.testing.sick_disk import SickDisk, sick_disk
@@ -69,6 +69,11 @@ def test_a_chunk_that_is_written_again_after_a_failed_sync_is_on_the_disk(
         cache.close()
 
 
+def fill(txn: Txn, value: bytes) -> None:
+    for number in range(500):
+        txn.put("raw", b"%d" % number, value)
+
+
 def test_an_index_whose_write_failed_is_on_the_disk_after_the_next(disk: SickDisk) -> None:
     directory = disk.directory / "index"
     directory.mkdir()
@@ -78,9 +83,9 @@ def test_an_index_whose_write_failed_is_on_the_disk_after_the_next(disk: SickDis
         disk.refuse(writes=True)
         for _ in range(3):
             with pytest.raises(DiskFault):
-                index.write(lambda txn: [txn.put("raw", b"%d" % n, bytes(2000)) for n in range(500)])
+                index.write(lambda txn: fill(txn, bytes(2000)))
         disk.refuse()
-        index.write(lambda txn: [txn.put("raw", b"%d" % n, b"x" * 2000) for n in range(500)])
+        index.write(lambda txn: fill(txn, b"x" * 2000))
     finally:
         index.abandon()  # unmaps it
     forget(directory / "data.mdb")

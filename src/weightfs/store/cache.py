@@ -309,11 +309,12 @@ class Cache:
         return self._lost.get(id)
 
     def renew(self, id: BlobId) -> None:  # noqa: A002
-        """After a failed sync: have the kernel and the filesystem forget what they hold of chunks that are not recorded.
+        """After a failed sync: have kernel and filesystem forget what they hold of chunks that are not recorded.
 
-        Else what is written there again may be lost without an error. The kernel keeps the pages of a failed write as if
-        they had been written; ext4 then never learns that their blocks are in use, and they read as zeros as soon as the
-        pages are gone (seen on Linux 6.18). Nobody may count on bytes of these chunks. CacheError: the doubt stays.
+        Else what is written there again may be lost without an error. The kernel keeps the pages of a failed write as
+        if they had been written; ext4 then never learns that their blocks are in use, and they read as zeros as soon
+        as the pages are gone (seen on Linux 6.18). Nobody may count on bytes of these chunks. CacheError: the doubt
+        stays.
         """
         with self._changes:
             with self._index.read() as txn:

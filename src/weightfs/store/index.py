@@ -206,14 +206,14 @@ class Index:
         Pages of the failed one that stay in memory, as if they had been written, could be lost without an error when
         they are written again (`Cache.renew` has the reason); and LMDB itself refuses every further call once the page
         that names the newest state could not be written (MDB_PANIC). The whole file is read once before it is mapped:
-        an error is one of `read(2)` then, and not a SIGBUS. Until that succeeds, nothing can be read of it.
+        an error is one of `read(2)` then, and not a SIGBUS; until that succeeds, nothing can be read of it.
         """
         data = self.directory / "data.mdb"
         with self._gate.exclusive(), _lmdb_errors(self.directory), disk_errors(f"read {data} again"):
-            self._env.close()
             descriptor = os.open(data, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
-                os.fdatasync(descriptor)
+                os.fdatasync(descriptor)  # while it goes on failing, what is there can be read
+                self._env.close()
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 while os.read(descriptor, _READ_BYTES):
                     pass

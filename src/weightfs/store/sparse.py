@@ -113,6 +113,7 @@ class SparseFiles:
         self._whole: set[BlobId] = set()  # prepared: the file is there, at full length
         self._nameless: dict[BlobId, object] = {}  # made, and the name is perhaps not on the disk yet
         self._tidy: set[BlobId] = set()  # what an earlier session left was thrown away once; never again
+        self._read_only: set[BlobId] = set()  # opened for reading alone, since their filesystem was read-only
         self._buffers = threading.local()
 
     def path(self, blob: BlobId) -> Path:
@@ -149,9 +150,17 @@ class SparseFiles:
             self.remember(blob, os.fstat(descriptor))
             self._whole.add(blob)
             self._tidy.add(blob)
+            self._open_for_writing(blob)
         finally:
             os.close(descriptor)
         return path
+
+    def _open_for_writing(self, blob: BlobId) -> None:
+        if blob in self._read_only:
+            self._read_only.discard(blob)
+            with self._lock:
+                closing = self._retire(self._open.pop(blob, None))
+            _close(closing)
 
     def identity(self, blob: BlobId) -> tuple[int, int] | None:
         """(device, inode) of the file that counts as the blob's in this session; None before it was prepared."""
@@ -309,7 +318,15 @@ class SparseFiles:
         try:
             with disk_errors(f"open {path}", blob):
                 # Non-blocking: a FIFO under this name must not hold us up; it means nothing for a regular file.
-                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+                try:
+                    descriptor = os.open(path, os.O_RDWR | flags)
+                except OSError as error:
+                    if error.errno != errno.EROFS:
+                        raise
+                    # What is in it can be read all the same. Whoever writes is told by the call that writes.
+                    descriptor = os.open(path, os.O_RDONLY | flags)
+                    self._read_only.add(blob)
         except CacheError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise self._fault(blob, "is gone") from error

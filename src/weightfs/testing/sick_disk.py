@@ -19,7 +19,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import pyfuse3
 import trio
@@ -86,10 +85,10 @@ class _Server(pyfuse3.Operations):
         found = pyfuse3.EntryAttributes()
         found.st_ino = inode
         if inode == IMAGE:
-            found.st_mode = cast("pyfuse3.ModeT", stat.S_IFREG | 0o600)
+            found.st_mode = stat.S_IFREG | 0o600
             found.st_size = os.fstat(self._backing).st_size
         else:
-            found.st_mode = cast("pyfuse3.ModeT", stat.S_IFDIR | 0o700)
+            found.st_mode = stat.S_IFDIR | 0o700
         return found
 
     async def lookup(
