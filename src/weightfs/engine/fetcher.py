@@ -116,6 +116,10 @@ class Fetcher:
         """How many fetches are in flight."""
         return len(self._jobs)
 
+    def reload(self, pacer: Pacer) -> None:
+        """Other bandwidth limits from now on."""
+        self._pacing.change(pacer)
+
     @property
     def paced(self) -> int:
         """How many of them keep a bandwidth limit."""
