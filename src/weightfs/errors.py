@@ -19,6 +19,7 @@ the person can do. Third-party exceptions are translated to these where the libr
     │   ├── CacheCorruptError             the index cannot be read
     │   ├── NoSpaceError
     │   └── DiskFault                     the disk, or a hand in the cache, lost or changed bytes
+    │       └── LostFileError                 a data file is gone, short or another one: the disk may be well
     ├── MountError                    6   mount point, /dev/fuse, fusermount3, stale mount
     └── DaemonError                   7   the daemon did not answer, or ended before it served
 """
@@ -140,7 +141,7 @@ class NoSpaceError(CacheError):
 
 
 class DiskFault(CacheError):  # noqa: N818 - a fault of the disk, as the design names it
-    """A data file of the cache gave an I/O error, ended early, or is not the file that it was.
+    """The cache's disk gave an I/O error or became read-only, or a data file is not what it was (LostFileError).
 
     `blob` is the blob's id in hex, or empty where the fault is not one blob's.
     """
@@ -148,6 +149,10 @@ class DiskFault(CacheError):  # noqa: N818 - a fault of the disk, as the design 
     def __init__(self, message: str, *, blob: str = "") -> None:
         super().__init__(message)
         self.blob = blob
+
+
+class LostFileError(DiskFault):
+    """A data file is gone, ends early, or is not the file that it was: nothing that was in it counts."""
 
 
 class MountError(WeightfsError):

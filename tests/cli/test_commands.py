@@ -268,6 +268,7 @@ STATUS = {
     "fetched_bytes": 2**20,
     "mismatched_chunks": 1,
     "disk_faults": 0,
+    "disk": "bypassed",
     "trouble": "the disk is full",
     "paused": False,
     "refs": [
@@ -296,6 +297,7 @@ STATUS = {
 def test_the_status_for_people() -> None:
     lines = status_lines(STATUS)
     assert lines[0] == "serving /mnt (pid 7, for 1m30s)"
+    assert "disk: bypassed" in lines
     assert "trouble: the disk is full" in lines
     assert "holds 1.0 MiB of at most 4.0 MiB" in lines
     assert "evicted 2.0 MiB since the start" in lines

@@ -635,3 +635,26 @@ def test_an_event_looks_at_few_of_many_blobs(monkeypatch: pytest.MonkeyPatch) ->
         return seen
 
     assert looks(500, 1000) <= looks(20, 40) + 16
+
+
+def test_background_that_is_switched_off_begins_nothing_and_goes_on_afterwards() -> None:
+    made = driver(8)
+    made.set_background(on=False)
+    made.fill(A)
+    made.want(A, 4, 6)
+    assert not made.jobs
+    made.need(A, 1, 2)
+    assert fetches(made) == [(1, 2, Priority.DEMAND)]
+    made.set_background(on=True)
+    assert {4, 5} < {chunk for model in made.jobs.values() for chunk in model.todo}
+    run_all(made)
+    assert made.blobs[A].present.full
+
+
+def test_jobs_are_numbered_from_where_the_driver_says() -> None:
+    made = PlanDriver()
+    made.planner = Planner(made.limits, first_job=1 << 40)
+    made.add(A, BlobShape(8 * MIB, MIB), ONE)
+    made.need(A, 0, 1)
+    made.need(A, 3, 4)
+    assert list(made.jobs) == [1 << 40, (1 << 40) + 1]

@@ -188,6 +188,10 @@ class PlannerMachine(RuleBasedStateMachine):
         else:
             self.driver.limit(demand * MIB, max(0, demand - margin) * MIB)
 
+    @rule(on=st.booleans())
+    def background(self, on: bool) -> None:
+        self.driver.set_background(on=on)
+
     @rule()
     def no_room(self) -> None:
         self.driver.no_room()

@@ -32,6 +32,7 @@ def messages(draw: st.DrawFn) -> wire.Message:
         bool: st.booleans(),
         float: st.floats(0, 1e9),
         list[int]: st.lists(st.integers(0, 2**64), max_size=5),
+        int | None: st.none() | st.integers(-(2**63), 2**64),
         float | None: st.none() | st.floats(0, 1e9),
         dict[str, typing.Any]: st.dictionaries(TEXT, TEXT, max_size=3),
     }

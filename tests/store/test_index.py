@@ -99,7 +99,7 @@ def failure(code: int) -> lmdb.Error:
         (failure(28), NoSpaceError),
         (failure(122), NoSpaceError),
         (failure(5), DiskFault),
-        (failure(30), CacheError),
+        (failure(30), DiskFault),
         (lmdb.ReadersFullError("x"), CacheError),
         (lmdb.BadTxnError("x"), CacheError),
     ],

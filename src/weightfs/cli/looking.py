@@ -247,6 +247,8 @@ def status_lines(document: Document) -> list[str]:
     ):
         if count:
             lines.append(f"warning: {count} {text}")
+    if document["disk"] != "healthy":
+        lines.append(f"disk: {document['disk']}")
     if document["paused"]:
         lines.append("paused: nothing is fetched that nobody waits for; `weightfs resume --all` ends that")
     if document["trouble"]:

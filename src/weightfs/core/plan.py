@@ -215,13 +215,20 @@ class NoRoom:
 
 
 @dataclass(frozen=True, slots=True)
+class Background:
+    """Whether read-ahead and fill may begin jobs. What is in flight goes on, what waits in line stays there."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed: the answer to `SleepUntil`."""
 
 
 JobEvent = Landed | Mismatched | Trimmed | Done | Failed
 BlobEvent = Remirrored | Need | Want | Fill | Pause | Durable | Undone | Dropped | Punched
-Event = JobEvent | BlobEvent | Added | Removed | Withdrawn | Tick | Capacity | NoRoom
+Event = JobEvent | BlobEvent | Added | Removed | Withdrawn | Tick | Capacity | NoRoom | Background
 
 # ---- commands
 

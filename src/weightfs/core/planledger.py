@@ -132,7 +132,7 @@ class Room:
 class Ledger:
     """Blobs, jobs and waiters, and every move of a chunk between them. `out` gathers the commands of one event."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, first_job: int = 1) -> None:
         self.limits = limits
         self.blobs: dict[BlobId, BlobPlan] = {}
         self.jobs: dict[int, Job] = {}
@@ -142,7 +142,7 @@ class Ledger:
         self.inflight = 0
         self.held = 0
         self.room = Room()
-        self.next_job = 1
+        self.next_job = first_job
         self.out: list[plan.Command] = []
 
     def add(self, event: plan.Added) -> None:

@@ -51,9 +51,9 @@ class InFlight:
 class Planner:
     """See the module. Not thread-safe; no method but `feed` changes anything."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, *, first_job: int = 1) -> None:
         self.limits = limits or Limits()
-        self._ledger = Ledger(self.limits)
+        self._ledger = Ledger(self.limits, first_job)
         self._faults = Faults(self._ledger)
         self._scheduler = Scheduler(self._ledger, self._faults)
 
@@ -189,6 +189,8 @@ class Planner:
                 self._scheduler.set_capacity(demand, background)
             case plan.NoRoom(failure):
                 self._scheduler.refuse(failure)
+            case plan.Background(on):
+                self._scheduler.set_background(on)
             case plan.Landed() | plan.Mismatched() | plan.Trimmed() | plan.Done() | plan.Failed():
                 self._job_event(event, now)
             case _:

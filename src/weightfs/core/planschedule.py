@@ -42,6 +42,11 @@ class Scheduler:
         self._last = 0  # ranks given at the end of a line …
         self._front = 0  # … and at its front
         self._alarm = float("inf")
+        self._background = True
+
+    def set_background(self, on: bool) -> None:
+        """Whether anything may be begun that no reader waits for."""
+        self._background = on
 
     def set_fill(self, blob: BlobPlan, on: bool) -> None:
         """Put the blob at the end of the line for fill (if it is not in it), or take it out."""
@@ -82,6 +87,8 @@ class Scheduler:
                 self._put_in_line(blob)
         self._ledger.touched = {}
         self._serve(self._demand, self._start_demand, now, in_turns=True)
+        if not self._background:
+            return
         self._serve(self._wants, self._start_want, now, in_turns=True)
         self._serve(self._fill, self._start_fill, now, in_turns=False)
 

@@ -18,6 +18,7 @@ import trio
 
 from weightfs import __version__
 from weightfs.core import plan
+from weightfs.core.diskhealth import Health
 from weightfs.core.geometry import ByteSpan, ChunkSpan
 from weightfs.core.manifest import BlobId, Manifest, Policy
 from weightfs.core.planner import Planner
@@ -32,10 +33,12 @@ from weightfs.engine.explain import FetchStatus, WaitStatus, describe_fetches, e
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
 from weightfs.engine.headers import Headers
+from weightfs.engine.health import DiskWatch
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.keeping import Keeper
 from weightfs.engine.measures import Measures, measure
 from weightfs.engine.origins import Origins
+from weightfs.engine.pacing import pacer_of
 from weightfs.engine.reader import Reader
 from weightfs.engine.report import describe_jobs, describe_refs
 from weightfs.engine.room import Room
@@ -52,12 +55,14 @@ from weightfs.engine.status import (
     VerifyReport,
 )
 from weightfs.engine.tally import Tally
+from weightfs.engine.uncached import Uncached
 from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError, SourceError
 from weightfs.sources import home_of, keeps_headers, open_source
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.store.cache import Cache, StoredRef
+from weightfs.store.memory import MemoryFile
 
 log = logging.getLogger(__name__)
 
@@ -83,27 +88,41 @@ class Engine:
         self._tally = Tally()
         self._catalog = Catalog(cache, settings)
         self._holdings = Holdings(cache, self._planner, self._catalog.get, self._durable, nursery)
-        self._pool = WorkerPool(settings, self._handle, keep_fds=(cache.lock_fd,))
+        self._memory = MemoryFile()
+        self._pool = WorkerPool(
+            settings, self._handle, keep_fds=(cache.lock_fd,), memory=self._memory.descriptor
+        )
+        pacer = pacer_of(settings)
         self._fetcher = Fetcher(
             self._planner,
             self._pool,
             self._holdings.landed,
             self._holdings.mend,
             nursery,
-            settings,
+            pacer,
             self._tally,
         )
         self._committer = Committer(cache, settings, self._holdings.committed, self._holdings.lost)
         self._room = Room(cache, settings, self._catalog, self._planner, self._fetcher, self._holdings)
-        self._holdings.connect(self._fetcher, self._committer, self._room.relieve)
-        self._fetcher.connect(self._room.poke, self._room.relieve)
+        self._uncached = Uncached(settings.limits, self._pool, self._memory, pacer, self._tally, nursery)
+        self._watch = DiskWatch(cache, self._catalog, self._fetcher, self._revive)
+        self._holdings.connect(self._fetcher, self._committer, self._room.relieve, self._watch.failed)
+        self._fetcher.connect(self._room.poke, self._room.relieve, self._watch.failed)
         self._hasher = Hasher(cache, self._pool.submit)
         self._sealer = Sealer(
             self._hasher, self._committer, self._holdings, lambda: self._planner.waiting() > 0
         )
         self._keeper = Keeper(self._catalog, self._planner, self._fetcher, self._holdings, settings, nursery)
         self._reader = Reader(
-            cache, self._planner, self._fetcher, self._holdings, settings, nursery, self._tally
+            cache,
+            self._planner,
+            self._fetcher,
+            self._holdings,
+            self._uncached,
+            lambda: self._watch.bypassed,
+            settings,
+            nursery,
+            self._tally,
         )
         self._headers = Headers(self._catalog, self._reader, nursery)
         self._details = Details(self._headers)
@@ -115,6 +134,7 @@ class Engine:
             self._hasher,
             self._sealer,
             self._keeper,
+            self._watch,
         )
 
     # ---- life
@@ -123,17 +143,26 @@ class Engine:
         self._catalog.load()  # before anybody reads: the loop has nothing else to do
         self._room.give_back_leftovers()
         await self._nursery.start(self._pool.run)
-        fetcher = self._fetcher
         for task in (
-            fetcher.keep_time, fetcher.keep_pace, self._committer.run, self._sealer.run, self._room.run,
-        ):  # fmt: skip
+            self._fetcher.keep_time,
+            self._fetcher.keep_pace,
+            self._committer.run,
+            self._sealer.run,
+            self._room.run,
+            self._uncached.fetcher.keep_time,
+            self._uncached.fetcher.keep_pace,
+            self._uncached.run,
+            self._watch.run,
+        ):
             self._nursery.start_soon(task)
         for state in self._catalog.states():
             self._begin(state)
         self._room.open()
 
     def _begin(self, state: BlobState) -> None:
-        self._fetcher.add(state)
+        leftover = state.whole and state.stale  # what was written and not recorded keeps its room
+        kept = [chunk for chunk in state.shape.chunks if chunk not in state.present] if leftover else ()
+        self._fetcher.add(state, state.present, kept)
         self._keeper.begin(state)
         if len(state.durable) > state.frontier or state.durable.full:
             self._sealer.poke(state)
@@ -150,7 +179,9 @@ class Engine:
         if live.fetch != old.fetch:
             self._pool.change(live.fetch)
             await self._origins.change(live.fetch)
-        self._fetcher.reload(live)
+        pacer = pacer_of(live)
+        self._fetcher.reload(pacer)
+        self._uncached.fetcher.reload(pacer)
         self._reader.reload(live)
         self._room.reload(live)
         return tuple(f.name for f in fields(live) if getattr(new, f.name) != getattr(live, f.name))
@@ -162,14 +193,15 @@ class Engine:
 
     def fail_reads(self) -> None:
         """Every waiting and every later read gets ReadError at once: before unmounting."""
-        self._fetcher.fail_waiters("weightfs is being unmounted")
+        for fetcher in (self._fetcher, self._uncached.fetcher):
+            fetcher.fail_waiters("weightfs is being unmounted")
         for state in self._catalog.states():
             state.notify()
 
     def _handle(self, message: wire.FromWorker) -> None:
         if isinstance(message, wire.Hashed) or (isinstance(message, wire.JobFailed) and message.job < 0):
             self._hasher.handle(message)
-        else:
+        elif not self._uncached.handle(message):
             self._fetcher.handle(message)
 
     def _durable(self, state: BlobState) -> None:
@@ -222,6 +254,7 @@ class Engine:
                     if self._planner.knows(state.id):
                         self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
                         await self._holdings.adopt(state)
+                        self._uncached.changed(state)
                         self._keeper.begin(state)
                     else:
                         self._begin(state)
@@ -359,6 +392,7 @@ class Engine:
         with self._room.leaving(state):
             self._fetcher.remove(state.id)
             state.notify()
+            await self._uncached.remove(state)
             await self._fetcher.drained(state)  # a job's last chunk may still be on its way to the file
             async with state.preparing:
                 await self._committer.forget(state.id)
@@ -390,9 +424,13 @@ class Engine:
         return self._catalog.state(id).status()
 
     def backing(self, id: BlobId) -> Path | None:  # noqa: A002 - the contract's name
-        """The cache file of a blob of which nothing is left to be checked: the kernel may read it. Else None."""
+        """The cache file of a blob of which nothing is left to be checked: the kernel may read it. Else None.
+
+        Not from a disk that has failed lately: what the kernel cannot read there it cannot have from the network.
+        """
         state = self._catalog.get(id)
-        return state.path if state is not None and state.may_be_passed else None
+        passed = state is not None and state.may_be_passed and self._watch.state is Health.HEALTHY
+        return state.path if state is not None and passed else None
 
     def statfs(self) -> CacheSpace:
         """Room of the cache's filesystem, a few seconds ago."""
@@ -440,6 +478,9 @@ class Engine:
             state.touch(state.shape.chunks)
 
     async def _open(self, state: BlobState) -> None:
+        state.filling = state.filling or self.settings.fill is FillMode.OPENED
+        if self._watch.bypassed:
+            return  # `_revive` comes back to it
         try:
             if not await self._holdings.prepare(state):
                 return
@@ -456,12 +497,25 @@ class Engine:
             except CacheError as error:
                 log.error("%s", error)
 
+    def _revive(self) -> None:
+        for state in self._catalog.states():
+            if state.filling and not state.complete:
+                self._nursery.start_soon(self._fill_again, state)
+
+    async def _fill_again(self, state: BlobState) -> None:
+        try:
+            await self._holdings.fill(state)
+        except CacheError as error:
+            log.error("%s", error)
+
     # ---- looking at it
 
     def status(self) -> EngineStatus:
         """A snapshot of everything."""
         now = trio.current_time()
-        trouble = str(self._committer.trouble or self._room.trouble)
+        full = str(self._committer.trouble or self._room.trouble)
+        trouble = self._watch.trouble or self._uncached.trouble(full)
+        uncached = self._uncached.fetcher.fetched_bytes
         return EngineStatus(
             version=__version__,
             pid=os.getpid(),
@@ -473,13 +527,15 @@ class Engine:
             limit_bytes=self._room.limit,
             evicted_bytes=self._room.evicted_bytes,
             free_bytes=self._room.space.free_bytes,
-            fetched_bytes=self._fetcher.fetched_bytes,
-            mismatched_chunks=self._fetcher.mismatches,
+            fetched_bytes=self._fetcher.fetched_bytes + uncached,
+            mismatched_chunks=self._fetcher.mismatches + self._uncached.fetcher.mismatches,
             disk_faults=self._holdings.disk_faults,
+            disk=self._watch.state.value,
+            uncached_bytes=uncached,
             trouble=trouble,
             paused=self._catalog.all_paused,
             refs=describe_refs(self._catalog, self._planner, now),
-            jobs=describe_jobs(self._planner, now),
+            jobs=(*describe_jobs(self._planner, now), *describe_jobs(self._uncached.planner, now)),
         )
 
     async def measures(self) -> Measures:
@@ -505,7 +561,7 @@ class Engine:
 
     def check(self) -> list[str]:
         """Sentences about anything in memory that should not be; empty if all is well and nothing is in flight."""
-        problems = self._planner.check()
+        problems = self._planner.check() + self._uncached.check()
         if not self._planner.idle():
             problems.append(f"{self._fetcher.jobs} fetches in flight, {self._planner.waiting()} readers wait")
         if self._fetcher.paced > self._fetcher.jobs:
@@ -522,15 +578,19 @@ class Engine:
 
     async def quiet(self) -> None:
         """Wait until nothing is in flight and everything is durable and sealed as far as it can be. For tests."""
+        await (
+            self._committer.flush()
+        )  # also waits for a commit that is being done: it is not `pending` any more
         while not (
             self._planner.idle()
+            and self._uncached.planner.idle()
             and self._pool.jobs == 0
             and not self._committer.pending
             and self._sealer.idle
             and not self._headers.busy
         ):
-            await self._committer.flush()
             await trio.sleep(0.01)
+            await self._committer.flush()
 
 
 async def _open(scheme: str, settings: FetchSettings) -> Source:
@@ -559,3 +619,4 @@ async def open_engine(cache: Cache, settings: EngineSettings) -> AsyncIterator[E
     finally:
         if engine is not None:
             await engine._flush()
+            engine._memory.close()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import trio
 
 from weightfs.core import plan
+from weightfs.core.bandwidth import Pacer
+from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import BlobId
 from weightfs.core.plan import Failure, Fetch
@@ -21,11 +23,10 @@ from weightfs.core.planner import Planner
 from weightfs.core.ref import without_secrets
 from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
-from weightfs.engine.pacing import Pacing, pacer_of
-from weightfs.engine.settings import EngineSettings
+from weightfs.engine.pacing import Pacing
 from weightfs.engine.tally import HostTally, Tally
 from weightfs.engine.workers import WorkerPool
-from weightfs.errors import CacheError, FailureKind, ReadError
+from weightfs.errors import CacheError, DiskFault, FailureKind, ReadError
 from weightfs.logs import about
 
 log = logging.getLogger(__name__)
@@ -49,10 +50,26 @@ class _Running:
     since: float
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the chunks of a blob go: into its file, in a `life` of it, or to an offset of the memory file."""
+
+    path: str
+    file: tuple[int, int] | None
+    life: int
+    memory: int | None = None
+
+
+def on_disk(state: BlobState) -> Place:
+    """The blob's file in the cache."""
+    return Place(str(state.path), state.file, state.life)
+
+
 class Fetcher:
     """`landed(state, chunk, digest)` is called for each chunk that became visible, in the trio thread.
 
     `mend(state, life)` says whether the file that counted in `life` was lost; then there is a new one. CacheError.
+    `place(state)`: where its chunks are written.
     """
 
     def __init__(
@@ -62,8 +79,9 @@ class Fetcher:
         landed: Callable[[BlobState, int, bytes], None],
         mend: Callable[[BlobState, int], Awaitable[bool]],
         nursery: trio.Nursery,
-        settings: EngineSettings,
+        pacer: Pacer,
         tally: Tally,
+        place: Callable[[BlobState], Place] = on_disk,
     ) -> None:
         self._planner = planner
         self._tally = tally
@@ -71,6 +89,7 @@ class Fetcher:
         self._landed = landed
         self._mend_file = mend
         self._nursery = nursery
+        self._place = place
         self._blobs: dict[BlobId, BlobState] = {}
         self._jobs: dict[int, _Running] = {}
         self._waiters: dict[int, _Waiting] = {}
@@ -80,41 +99,43 @@ class Fetcher:
         self._ended = trio.Event()
         self._need_room: Callable[[], None] = lambda: None
         self._relieve: Callable[[BlobState, int], Awaitable[bool]]
-        self._pacing = Pacing(pacer_of(settings), planner.urgent, lambda job: pool.tell(wire.GoOn(job)))
+        self._disk_failed: Callable[[Exception], None]
+        self._pacing = Pacing(pacer, planner.urgent, lambda job: pool.tell(wire.GoOn(job)))
         self.closed: Failure | None = None
         self.fetched_bytes = 0
         self.mismatches = 0
 
     def connect(
-        self, need_room: Callable[[], None], relieve: Callable[[BlobState, int], Awaitable[bool]]
+        self,
+        need_room: Callable[[], None],
+        relieve: Callable[[BlobState, int], Awaitable[bool]],
+        disk_failed: Callable[[Exception], None],
     ) -> None:
         """Before anything else. `need_room()`: something does not fit into the capacity.
 
         `relieve(state, job)`: the disk is full, says a job; whether there is room now, so that it may be tried again.
+        `disk_failed(error)`: a job could not write, or a file could not be made.
         """
-        self._need_room, self._relieve = need_room, relieve
+        self._need_room, self._relieve, self._disk_failed = need_room, relieve, disk_failed
 
     @property
     def jobs(self) -> int:
         """How many fetches are in flight."""
         return len(self._jobs)
 
-    def reload(self, settings: EngineSettings) -> None:
+    def reload(self, pacer: Pacer) -> None:
         """Other bandwidth limits from now on."""
-        self._pacing.change(pacer_of(settings))
+        self._pacing.change(pacer)
 
     @property
     def paced(self) -> int:
         """How many of them keep a bandwidth limit."""
         return self._pacing.jobs
 
-    def add(self, state: BlobState) -> None:
-        """Make a blob known. Its `present` set is shared with the planner from here on."""
+    def add(self, state: BlobState, present: ChunkSet, kept: Iterable[int] = ()) -> None:
+        """Make a blob known. `present` is shared with the planner from here on; `kept` as in `plan.Added`."""
         self._blobs[state.id] = state
-        absent = (
-            [c for c in state.shape.chunks if c not in state.present] if state.whole and state.stale else ()
-        )
-        self.feed(plan.Added(state.id, state.shape, state.blob.mirrors, state.present, absent))
+        self.feed(plan.Added(state.id, state.shape, state.blob.mirrors, present, kept))
 
     def remove(self, blob: BlobId) -> None:
         """Forget a blob; its jobs are stopped."""
@@ -164,14 +185,15 @@ class Fetcher:
     def _submit(self, fetch: plan.Fetch) -> None:
         state = self._blobs[fetch.blob]
         mirror = state.mirrors[fetch.mirror]
+        place = self._place(state)
         self._jobs[fetch.job] = _Running(
-            state, fetch, state.life, self._tally.host(mirror.url), trio.current_time()
+            state, fetch, place.life, self._tally.host(mirror.url), trio.current_time()
         )
         digests = "".join(state.expected(chunk).hex().rjust(64, wire.UNKNOWN) for chunk in fetch.span)
         self._pool.submit(
             wire.FetchJob(
                 fetch.job,
-                str(state.path),
+                place.path,
                 state.shape.size,
                 state.shape.chunk_length,
                 fetch.span.start,
@@ -181,7 +203,8 @@ class Fetcher:
                 digests,
                 fetch.whole,
                 sorted(fetch.wanted),
-                list(state.file or ()),
+                list(place.file or ()),
+                place.memory,
                 self._pacing.begin(fetch.job, mirror.url),
             )
         )
@@ -227,7 +250,7 @@ class Fetcher:
         self.fetched_bytes += nbytes
         running.host.nbytes += nbytes
         state.fetched_bytes += nbytes
-        if running.life != state.life:
+        if running.life != self._place(state).life:
             return  # into a file that was lost; it is free again when the job has ended
         if self._blobs.get(state.id) is state:  # first the record, then the readers
             self._landed(state, chunk, digest)
@@ -289,7 +312,10 @@ class Fetcher:
         try:
             if await self._mend_file(running.state, running.life):
                 failure = replace(failure, kind=FailureKind.CANCELLED)
+            else:
+                self._disk_failed(DiskFault(failure.text))
         except CacheError as error:
+            self._disk_failed(error)
             failure = replace(failure, text=str(error))
         self._tell_failed(job, failure)
 

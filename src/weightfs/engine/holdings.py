@@ -24,13 +24,24 @@ from weightfs.engine.blobs import BlobState
 from weightfs.engine.committer import Batch, Committer
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.running import SAVABLE, RunningSha256
-from weightfs.errors import CacheError, DiskFault, FailureKind, IntegrityError, NoSpaceError, WeightfsError
+from weightfs.errors import (
+    CacheError,
+    FailureKind,
+    IntegrityError,
+    LostFileError,
+    NoSpaceError,
+    WeightfsError,
+)
 from weightfs.logs import about
 from weightfs.store.cache import Cache, ChunkState, Landing, RunState
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0
+_NO_FILE = (
+    0,
+    0,
+)  # the identity of no file: whatever begins to fetch into it finds none, and is planned again
 
 
 class Holdings:
@@ -56,6 +67,7 @@ class Holdings:
         self._fetcher: Fetcher
         self._committer: Committer
         self._relieve: Callable[[BlobState, int], Awaitable[bool]]
+        self.disk_failed: Callable[[Exception], None]
         self.disk_faults = 0
 
     def connect(
@@ -63,11 +75,13 @@ class Holdings:
         fetcher: Fetcher,
         committer: Committer,
         relieve: Callable[[BlobState, int], Awaitable[bool]],
+        disk_failed: Callable[[Exception], None],
     ) -> None:
-        """The two that call back into this one, and who makes room on a full disk; before anything else."""
+        """The two that call back into this one, and who is told of a full and of a sick disk; before anything else."""
         self._fetcher = fetcher
         self._committer = committer
         self._relieve = relieve
+        self.disk_failed = disk_failed
 
     def pinned(self, state: BlobState) -> bool:
         """Whether the blob is still there, and this is its state: it may have been removed, and added again."""
@@ -97,21 +111,27 @@ class Holdings:
     async def _prepare(self, state: BlobState) -> None:
         try:
             file, required = await trio.to_thread.run_sync(self._make_file, state)
-            if state.file not in (None, file):
-                raise DiskFault(f"the cache file {state.path} was replaced")
-        except DiskFault as error:
+            if state.file not in (None, _NO_FILE, file):
+                raise LostFileError(f"the cache file {state.path} was replaced")
+        except LostFileError as error:
             log.warning(
                 "%s; fetching all of %s again", error, state.ref, extra=about(ref=state.ref, blob=state.id)
             )
             await self._forget_file(state)
             file, required = await trio.to_thread.run_sync(self._make_file, state)
             self._new_life(state)
+        if state.file == _NO_FILE:
+            self._new_life(state)  # what has begun meanwhile found no file
         state.file = file
         if state.blob.chunk_list is None:
             state.required = required
 
     def _make_file(self, state: BlobState) -> tuple[tuple[int, int] | None, dict[int, bytes]]:
         self._cache.prepare(state.id)
+        # Only when `_doubt` has taken from readers what was not recorded: it becomes holes.
+        if state.file == _NO_FILE and (doubt := self._cache.doubt(state.id)) is not None:
+            self._cache.renew(state.id)
+            self._cache.forgive(state.id, doubt)
         wanted = state.blob.chunk_list is None
         required = self._cache.required_digests(state.id, state.shape.chunks) if wanted else {}
         return self._cache.file_identity(state.id), required
@@ -212,11 +232,10 @@ class Holdings:
                 await self._drop(owed)
                 return owed.room, owed.freed
             owed, file = _Owed(state, list(state.present), _Way.WHOLE), state.file
-            # Whatever begins before there is a new file opens none: no file has this identity.
-            state.prepared, state.file = False, (0, 0)
+            state.prepared, state.file = False, _NO_FILE
             self._new_life(state)
             await self._drop(owed)
-            if state.file == (0, 0):
+            if state.file == _NO_FILE:
                 state.file = file  # the index could not be written, and the file stays
             return owed.room, owed.freed
 
@@ -278,6 +297,7 @@ class Holdings:
             required, freed, file = await trio.to_thread.run_sync(self._punch_in_thread, owed)
         except CacheError as error:
             if self.pinned(state):
+                self.disk_failed(error)
                 log.error(
                     "cannot drop %d chunks of %s: %s", len(owed.chunks), state.ref, error,
                     extra=about(ref=state.ref, blob=state.id),
@@ -368,6 +388,8 @@ class Holdings:
                 continue
             # First the hold: a fill would fetch again at once what cannot be kept.
             lost = await self._was_lost(state, batch.lives[blob], error)
+            if not lost:
+                self.disk_failed(error)
             failure = None if lost else failure_of(error)
             if failure and failure.kind is FailureKind.NO_SPACE and await self._relieve(state, 0):
                 failure = None  # there is room now: fetched again, it may be recorded
@@ -376,19 +398,25 @@ class Holdings:
             if doubt is None or lost:
                 await self.drop(state, chunks)
             else:
-                await self._doubt(state, chunks, doubt, batch.lives[blob])
+                await self._doubt(state, chunks, batch.lives[blob])
 
-    async def _doubt(self, state: BlobState, chunks: list[int], doubt: object, life: int) -> None:
+    async def _doubt(self, state: BlobState, chunks: list[int], life: int) -> None:
         """A sync failed, and says so once: all that was written before it, or is on its way now, may not be there.
 
-        What is fetched from now on is written after it.
+        What is fetched from now on is written after it, into a file that was renewed (`Cache.renew`).
         """
         if life != state.life:  # of before the failure that was seen to already
             await self.drop(state, chunks)
             return
-        self._new_life(state)
-        await self.drop(state, [*chunks, *(chunk for chunk in state.present if chunk not in state.durable)])
-        self._cache.forgive(state.id, doubt)
+        async with state.preparing:
+            state.prepared, state.file = False, _NO_FILE  # until it was renewed
+            self._new_life(state)
+            undurable = [chunk for chunk in state.present if chunk not in state.durable]
+            await self.drop(state, [*chunks, *undurable])
+        try:
+            await self.prepare(state)
+        except CacheError as error:  # whoever wants to fetch something of it tries again
+            self.disk_failed(error)
 
     async def _was_lost(self, state: BlobState, life: int, error: WeightfsError) -> bool:
         try:

@@ -1,5 +1,7 @@
 """A read: from the cache at once, or after its chunks landed; each byte exactly, or a ReadError within `read_timeout`.
 
+What the cache cannot take or give back is read past it, into memory (`engine.uncached`).
+
 Rules: no lock across an await. Between the last look at `present` and the use of bytes read in a thread, `generation`
 is compared: bytes read across a drop are never used.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import trio
@@ -22,13 +25,14 @@ from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.holdings import Holdings, kind_of
 from weightfs.engine.settings import EngineSettings
 from weightfs.engine.tally import Tally
-from weightfs.errors import CacheError, FailureKind, ReadError
+from weightfs.engine.uncached import Uncached
+from weightfs.errors import CacheError, DiskFault, FailureKind, ReadError
 from weightfs.logs import about
 from weightfs.store.cache import Cache
 
 log = logging.getLogger(__name__)
 
-DISK_TRIES = 3  # reads of one span that find the disk at fault, before the reader is told
+DISK_TRIES = 3  # reads of one span that find the disk at fault, before it is read past the cache
 # Out of file descriptors: others close theirs in a while. Nothing is wrong with the cache; `read_timeout` bounds it.
 SCARCE_SECONDS = 0.2
 LET_GO_BYTES = 16 * MIB  # of the cache file, behind a sequential reader, per call
@@ -49,12 +53,16 @@ class Reader:
         planner: Planner,
         fetcher: Fetcher,
         holdings: Holdings,
+        uncached: Uncached,
+        bypassed: Callable[[], bool],
         settings: EngineSettings,
         nursery: trio.Nursery,
         tally: Tally,
     ) -> None:
         self._cache = cache
         self._tally = tally
+        self._uncached = uncached
+        self._bypassed = bypassed
         self._planner = planner
         self._fetcher = fetcher
         self._holdings = holdings
@@ -108,7 +116,10 @@ class Reader:
         faults = 0
         observed = False
         while True:
-            observed = await self._await_chunks(state, span, chunks, observe) or observed
+            try:
+                observed = await self._await_chunks(state, span, chunks, observe) or observed
+            except _NotKeptError:
+                return await self._read_past(state, span, chunks, observe)
             generation = state.generation
             data = self._cache.read_nowait(state.id, span)  # what has just landed is in memory: no thread
             try:
@@ -120,14 +131,10 @@ class Reader:
                     await _wait_for_descriptors(error)
                     continue
                 faults += 1
-                if faults >= DISK_TRIES:
-                    text = f"cannot read {state.ref} from the cache: {error}"
-                    raise ReadError(text, kind=FailureKind.DISK, ref=state.ref) from error
-                log.warning(
-                    "%s; fetching the chunks again", error,
-                    extra=about(ref=state.ref, blob=state.id, chunk=chunks.start),
-                )  # fmt: skip
-                await self._holdings.drop_bad(state, list(chunks))
+                if faults >= DISK_TRIES or not isinstance(error, DiskFault):
+                    self._uncached.refused(state, str(error))
+                    return await self._read_past(state, span, chunks, observe)
+                await self._lose(state, list(chunks), error)
                 continue
             if state.generation == generation:
                 state.touch(chunks)
@@ -144,11 +151,13 @@ class Reader:
             self._check_pinned(state, chunks)
             await self._await_trust(state)
             if not state.present.covers(chunks):
+                if self._goes_past(state):
+                    raise _NotKeptError
                 await self._prepare(state)
                 if not fetched:  # before the wait: what comes next is fetched beside what is waited for
                     observe(state, span, stalled=True)
                     fetched = True
-                await self._fetcher.wait_for(state, chunks)
+                await self._fetch(state, chunks)
             elif _suspects(state, chunks):
                 await self._recheck(state, chunks)
             else:
@@ -172,8 +181,72 @@ class Reader:
                 else:
                     return
         except CacheError as error:
-            text = f"cannot read {state.ref}: {error}"
-            raise ReadError(text, kind=kind_of(error), ref=state.ref) from error
+            self._holdings.disk_failed(error)
+            self._uncached.refused(state, f"cannot keep {state.ref}: {error}")
+            raise _NotKeptError from error
+
+    async def _fetch(self, state: BlobState, chunks: ChunkSpan) -> None:
+        """Until `chunks` are in the cache. ReadError; _NotKeptError if it is the cache that cannot take them."""
+        try:
+            await self._fetcher.wait_for(state, chunks)
+        except ReadError as error:
+            if error.kind not in (FailureKind.DISK, FailureKind.NO_SPACE):
+                raise
+            self._uncached.refused(state, str(error))
+            raise _NotKeptError from error
+
+    async def _lose(self, state: BlobState, chunks: list[int], error: CacheError) -> None:
+        """The disk did not give back what was there."""
+        self._holdings.disk_failed(error)
+        log.warning(
+            "%s; fetching the chunks again", error,
+            extra=about(ref=state.ref, blob=state.id, chunk=chunks[0]),
+        )  # fmt: skip
+        await self._holdings.drop_bad(state, chunks)
+
+    # ---- past the cache
+
+    def _goes_past(self, state: BlobState) -> bool:
+        return self._bypassed() or self._uncached.serves(state)
+
+    async def _read_past(
+        self, state: BlobState, span: ByteSpan, chunks: ChunkSpan, observe: _Observe
+    ) -> bytes:
+        """Chunk by chunk: from the cache what it has and can give, the rest from the network by way of memory."""
+        self._check_pinned(state, chunks)
+        missing = [chunk for chunk in chunks if chunk not in state.present]
+        observe(state, span, stalled=not all(self._uncached.has(state, chunk) for chunk in missing))
+        if len(missing) > 1:  # side by side, though they are waited for one by one
+            self._uncached.want(state, chunks)
+        parts = []
+        for chunk in chunks:
+            whole = state.shape.span_of(chunk)
+            part = ByteSpan(max(whole.start, span.start), min(whole.stop, span.stop))
+            self._check_pinned(state, chunks)
+            await self._await_trust(state)
+            data = await self._from_cache(state, chunk, part)
+            if data is None:
+                self._check_pinned(state, chunks)
+                data = await self._uncached.read(state, chunk, part)
+            parts.append(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _from_cache(self, state: BlobState, chunk: int, span: ByteSpan) -> bytes | None:
+        """None if the cache has not the chunk, or cannot give it: that it was lost is known then."""
+        await self._recheck(state, ChunkSpan(chunk, chunk + 1))
+        generation = state.generation
+        if chunk not in state.present:
+            return None
+        try:
+            data = self._cache.read_nowait(state.id, span)
+            if data is None:
+                data = await trio.to_thread.run_sync(self._cache.read, state.id, span, limiter=self._disk)
+        except CacheError as error:
+            self._check_pinned(state, ChunkSpan(chunk, chunk + 1))
+            if isinstance(error, DiskFault) and not _is_scarcity(error):
+                await self._lose(state, [chunk], error)
+            return None
+        return data if state.generation == generation else None
 
     async def _await_trust(self, state: BlobState) -> None:
         """What the policy demands of the whole blob, before a byte of it is given out."""
@@ -187,14 +260,23 @@ class Reader:
             if self._fetcher.closed:
                 raise ReadError(self._fetcher.closed.text, kind=FailureKind.CANCELLED, ref=state.ref)
             changed = state.changed
-            await self._prepare(state)
-            await self._holdings.fill(state)
+            if self._bypassed():
+                text = (
+                    f"cannot prove {state.ref}: the disk of the cache fails, so it cannot be had as a whole"
+                )
+                raise ReadError(text, kind=FailureKind.DISK, ref=state.ref)
+            try:
+                await self._holdings.fill(state)
+            except CacheError as error:
+                self._holdings.disk_failed(error)
+                text = f"cannot read {state.ref}: {error}"
+                raise ReadError(text, kind=kind_of(error), ref=state.ref) from error
             self._check_pinned(state, state.shape.chunks)
             if full := state.no_room:
                 raise ReadError(f"cannot read {state.ref}: {full}", kind=FailureKind.NO_SPACE, ref=state.ref)
-            if error := state.seal_error:
-                text = f"cannot prove {state.ref}: {error}"
-                raise ReadError(text, kind=kind_of(error), ref=state.ref)
+            if unproven := state.seal_error:
+                text = f"cannot prove {state.ref}: {unproven}"
+                raise ReadError(text, kind=kind_of(unproven), ref=state.ref)
             if failure := self._planner.stuck(state.id):
                 raise ReadError(
                     f"{state.ref}: {failure.text}", kind=failure.kind, ref=state.ref, mirror=failure.mirror
@@ -204,7 +286,10 @@ class Reader:
     def _observe(self, state: BlobState, span: ByteSpan, *, stalled: bool) -> None:
         window = state.readahead.observe(span, stalled)
         if window is not None and not state.complete and not state.present.covers(window):
-            self._fetcher.feed(plan.Want(state.id, window))
+            if self._goes_past(state):
+                self._uncached.want(state, window)
+            else:
+                self._fetcher.feed(plan.Want(state.id, window))
         if state.sealed:
             self._let_go(state, span)
 
@@ -251,6 +336,10 @@ class Reader:
         except CacheError:
             return False
         return hashlib.sha256(data).digest() == record
+
+
+class _NotKeptError(Exception):
+    """The cache has no place for what is wanted: between this module's functions only."""
 
 
 def _unseen(state: BlobState, span: ByteSpan, *, stalled: bool) -> None:

@@ -107,6 +107,7 @@ class Sealer:
 
     async def _failed(self, state: BlobState, error: CacheError) -> None:
         log.error("%s", error, extra=about(ref=state.ref, blob=state.id))
+        self._holdings.disk_failed(error)
         state.seal_error = error
         state.notify()
         await trio.sleep(RETRY_SECONDS)

@@ -106,6 +106,8 @@ class EngineStatus:
     fetched_bytes: int
     mismatched_chunks: int
     disk_faults: int
+    disk: str  # of the cache: healthy, unstable or bypassed
+    uncached_bytes: int  # of `fetched_bytes`, those that were given to readers and not kept
     trouble: str
     paused: bool  # nothing at all is fetched in the background
     refs: tuple[RefStatus, ...]

@@ -15,6 +15,7 @@ from weightfs.engine.catalog import Catalog
 from weightfs.engine.causes import one_cause
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
+from weightfs.engine.health import DiskWatch
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.keeping import Keeper
 from weightfs.engine.seal import Sealer
@@ -46,7 +47,9 @@ class Upkeep:
         hasher: Hasher,
         sealer: Sealer,
         keeper: Keeper,
+        watch: DiskWatch,
     ) -> None:
+        self._watch = watch
         self._catalog = catalog
         self._planner = planner
         self._fetcher = fetcher
@@ -98,6 +101,8 @@ class Upkeep:
                 raise ReadError(
                     f"{state.ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=state.ref
                 )
+            if self._watch.bypassed:
+                raise DiskFault(f"{path} of {state.ref} cannot be completed: {self._watch.trouble}")
             await self._holdings.fill(state)
             self._sealer.poke(state)
             if full := state.no_room:

@@ -43,7 +43,8 @@ class FetchJob:
     """Fetch chunks `[start, stop)` into the sparse file at `path`. `digests`: 64 characters per chunk.
 
     `whole`: no ranges; of the stream write only the chunks in `wanted`. `file`: device and inode that `path` must have;
-    another file, or one that is shorter than `size`, is not written to. `paced`: it says `Received`.
+    another file, or one that is shorter than `size`, is not written to. `memory`: write to the memory file that every
+    worker has inherited instead, where the blob's byte 0 has this offset. `paced`: it says `Received`.
     """
 
     job: int
@@ -58,6 +59,7 @@ class FetchJob:
     whole: bool = False
     wanted: list[int] = field(default_factory=list)
     file: list[int] = field(default_factory=list)
+    memory: int | None = None
     paced: bool = False
 
 

@@ -146,7 +146,8 @@ def _pwrite_all(fd: int, data: memoryview, offset: int) -> None:
 def _land(fd: int, data: memoryview, offset: int, expected: bytes, size: int) -> tuple[bool, bytes]:
     """Hash; compare; write the same buffer. In a thread. (whether it was written, the digest).
 
-    A file that was cut is not written to: it would grow again, and what was cut off would read as zeros.
+    A file that was cut to less than `size` is not written to: it would grow again, and what was cut off would read as
+    zeros.
     """
     digest = hashlib.sha256(data).digest()
     if expected and digest != expected:
@@ -170,12 +171,23 @@ def _disk_failure(job: int, error: OSError) -> wire.JobFailed:
     )
 
 
-class Worker:
-    """Carries out jobs as they come; every job is answered by exactly one JobDone, JobFailed or Hashed."""
+def _memory_failure(job: int, error: OSError) -> wire.JobFailed:
+    reason = os.strerror(error.errno or errno.ENOMEM)
+    return wire.JobFailed(
+        job, FailureKind.NO_SPACE, f"the cache cannot take it, and memory cannot either: {reason}"
+    )
 
-    def __init__(self, fetch: FetchSettings, buffer_bytes: int, send: Send) -> None:
+
+class Worker:
+    """Carries out jobs as they come; every job is answered by exactly one JobDone, JobFailed or Hashed.
+
+    `memory`: the descriptor of the memory file, for what is not to be written to the disk.
+    """
+
+    def __init__(self, fetch: FetchSettings, buffer_bytes: int, send: Send, memory: int = -1) -> None:
         self._origins = Origins(fetch, _open)
         self._send = send
+        self._memory = memory
         self._buffers = _Buffers(buffer_bytes)
         self._jobs: dict[int, _Running] = {}
         self._threads = trio.CapacityLimiter(LANDING_THREADS)
@@ -227,7 +239,7 @@ class Worker:
                 job.job, error.kind, str(error), error.mirror, error.retry_after, running.current
             )
         except OSError as error:
-            answer = _disk_failure(job.job, error)
+            answer = (_disk_failure if job.memory is None else _memory_failure)(job.job, error)
         finally:
             self._jobs.pop(job.job, None)
         await self._send(answer)
@@ -235,7 +247,10 @@ class Worker:
     async def _transfer(self, running: _Running) -> None:
         job = running.job
         shape = BlobShape(job.size, job.chunk_length)
-        fd = await trio.to_thread.run_sync(_open_file, job.path, job.file)
+        if job.memory is None:
+            fd = await trio.to_thread.run_sync(_open_file, job.path, job.file)
+        else:
+            fd = os.dup(self._memory)
         try:
             span = shape.bytes_of(ChunkSpan(job.start, job.stop))
             mirror = Mirror(job.url, validator=job.validator)
@@ -314,8 +329,9 @@ class Worker:
         try:
             # A thread that writes is never abandoned, so a stopped job writes nothing afterwards.
             data = memoryview(buffer)[: len(span)]
+            offset, size = (span.start, job.size) if job.memory is None else (job.memory + span.start, 0)
             landed, digest = await trio.to_thread.run_sync(
-                _land, fd, data, span.start, expected, job.size, limiter=self._threads
+                _land, fd, data, offset, expected, size, limiter=self._threads
             )
         finally:
             await self._buffers.give(buffer)
@@ -388,14 +404,14 @@ def _hash_of_whole(job: wire.HashJob) -> RunningSha256 | GitSha1:
 # ---- the process
 
 
-async def serve(stream: trio.SocketStream) -> None:
-    """Speak with the engine over `stream` until it closes."""
+async def serve(stream: trio.SocketStream, memory: int) -> None:
+    """Speak with the engine over `stream` until it closes. `memory`: the memory file's descriptor."""
     send_channel, outgoing = trio.open_memory_channel[wire.FromWorker](256)
     messages = wire.read_messages(stream)
     hello = await anext(messages)
     if not isinstance(hello, wire.Hello):
         raise TypeError("the engine did not say hello first")
-    worker = Worker(wire.fetch_settings_from_wire(hello.fetch), hello.buffer_bytes, send_channel.send)
+    worker = Worker(wire.fetch_settings_from_wire(hello.fetch), hello.buffer_bytes, send_channel.send, memory)
 
     async def write() -> None:
         async for message in outgoing:
@@ -432,8 +448,8 @@ def die_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """`python -m weightfs.engine.worker FD PARENT_PID`."""
-    fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    """`python -m weightfs.engine.worker FD PARENT_PID MEMORY_FD`."""
+    fd, parent, memory = map(int, sys.argv[1:4])
     forbid_core_dumps()
     drop_capabilities()
     die_with_parent(parent)
@@ -447,7 +463,7 @@ def main() -> None:
     async def run() -> None:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
         try:
-            await serve(stream)
+            await serve(stream, memory)
         except* trio.BrokenResourceError:
             pass  # the engine is gone, and so are we
 

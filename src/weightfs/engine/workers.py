@@ -48,14 +48,20 @@ class _Slot:
 
 
 class WorkerPool:
-    """Give `handle` to it, `run` it in a nursery, then `submit`. `handle` is called in the trio thread."""
+    """Give `handle` to it, `run` it in a nursery, then `submit`. `handle` is called in the trio thread.
 
-    def __init__(self, settings: EngineSettings, handle: Handle, *, keep_fds: tuple[int, ...] = ()) -> None:
+    `memory`: the descriptor of the memory file, for jobs that are not to touch the disk.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, handle: Handle, *, keep_fds: tuple[int, ...] = (), memory: int = -1
+    ) -> None:
         self._settings = settings
         self._fetch = settings.fetch
         self._handle = handle
         # Open in every worker: the cache's lock outlives the engine for as long as one of its writers lives.
-        self._keep_fds = keep_fds
+        self._keep_fds = keep_fds if memory < 0 else (*keep_fds, memory)
+        self._memory = memory
         self._slots = [_Slot(number) for number in range(max(1, settings.workers))]
         self._where: dict[int, _Slot] = {}
         self.restarts = 0  # workers that ended before their time
@@ -169,7 +175,7 @@ class WorkerPool:
             self._answered(message)
             await trio.lowlevel.checkpoint()
 
-        worker = Worker(self._fetch, self._settings.worker_buffer_bytes, send)
+        worker = Worker(self._fetch, self._settings.worker_buffer_bytes, send, self._memory)
         receive = self._open(slot)
 
         async def messages() -> AsyncIterator[wire.Message]:
@@ -214,7 +220,8 @@ class WorkerPool:
         that forked (prctl(2)), and a pool thread ends after ten idle seconds. vfork and exec take about a millisecond.
         """
         ours, theirs = socket.socketpair()
-        argv = [sys.executable, "-m", "weightfs.engine.worker", str(theirs.fileno()), str(os.getpid())]
+        numbers = (theirs.fileno(), os.getpid(), self._memory)
+        argv = [sys.executable, "-m", "weightfs.engine.worker", *map(str, numbers)]
         with theirs:
             try:
                 process = subprocess.Popen(  # noqa: S603 - our own module, no shell

@@ -45,6 +45,10 @@ __all__ = ["Cache", "ChunkState", "Landing", "Progress", "RunState", "StoredRef"
 log = logging.getLogger(__name__)
 
 SYNCS_AT_ONCE = 8
+TRIAL_BYTES = (
+    64 << 10
+)  # of a file that is written to see whether the disk takes it: in several blocks, and soon done
+_TRIAL = "trial"
 
 _NONE: Mapping[BlobId, Any] = MappingProxyType({})
 
@@ -316,6 +320,26 @@ class Cache:
         """A token of the last failed sync of a blob's file: nothing written before it is recorded. Memory."""
         return self._lost.get(id)
 
+    def renew(self, id: BlobId) -> None:  # noqa: A002
+        """After a failed sync: have kernel and filesystem forget what they hold of chunks that are not recorded.
+
+        Else what is written there again may be lost without an error. The kernel keeps the pages of a failed write as
+        if they had been written; ext4 then never learns that their blocks are in use, and they read as zeros as soon
+        as the pages are gone (seen on Linux 6.18). Nobody may count on bytes of these chunks. CacheError: the doubt
+        stays.
+        """
+        with self._changes:
+            with self._index.read() as txn:
+                shape = self._record(txn, id).blob.shape
+                present = ledger.load_bits(txn, id, shape).present
+                whole = evicting.load_use(txn, id).whole
+            absent = ChunkSet(shape.chunk_count, range(shape.chunk_count))
+            absent.difference(present)
+            if whole or not evicting.give_back(self._files, id, shape, absent):
+                # Somebody may have the file mapped: no holes. Pages that he has mapped stay, all others go.
+                self._files.sync(id)
+                self._files.forget_pages(id, ByteSpan(0, shape.size))
+
     def forgive(self, id: BlobId, doubt: object) -> None:  # noqa: A002
         """Whatever is committed from now on was written after that failed sync, which the caller vouches for. Memory.
 
@@ -477,6 +501,26 @@ class Cache:
         with disk_errors(f"look at the filesystem of {self.root}"):
             space = os.statvfs(self.root)
         return space.f_bavail * space.f_frsize
+
+    def trial(self) -> None:
+        """Write a little, sync it and read it back, as a file and in the index. CacheError says what went wrong."""
+        path = self.root / _TRIAL
+        with disk_errors(f"write {path}"):
+            descriptor = os.open(
+                path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
+            try:
+                sent = os.urandom(TRIAL_BYTES)
+                os.write(descriptor, sent)
+                os.fdatasync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+                came = os.pread(descriptor, TRIAL_BYTES, 0)
+            finally:
+                os.close(descriptor)
+                path.unlink(missing_ok=True)
+        if came != sent:
+            raise DiskFault(f"{path} did not keep what was written to it: look at the disk (dmesg)")
+        self._index.trial()
 
     def check(self, *, deep: bool = False) -> list[str]:
         """Sentences about everything in which index, bitmaps and files disagree; `deep` hashes every chunk."""

@@ -51,6 +51,7 @@ _MAP_SIZE = 1 << 28  # address space, not memory: 2 million chunk records before
 _MAX_MAP_SIZE = 1 << 42
 # Kept allocated past the end of data.mdb: on a full disk, dropping chunks still needs new pages (copy on write).
 _HEADROOM = 8 << 20
+_READ_BYTES = 1 << 20
 _CLOSED = "closed"  # beside data.mdb: how it looked when we closed it
 
 T = TypeVar("T")
@@ -110,6 +111,8 @@ class Index:
         self._writer = threading.Lock()
         self._gate = _Gate()
         self._closed = False
+        self._map_size: int = env.info()["map_size"]
+        self._doubted = False  # a write failed, and the file was not renewed since
         self._reserve()
 
     @classmethod
@@ -126,20 +129,7 @@ class Index:
         with disk_errors(f"write to {directory}"):
             seal_file.unlink(missing_ok=True)
         with _lmdb_errors(directory):
-            env = lmdb.open(
-                os.fspath(directory),
-                map_size=map_size,
-                max_dbs=32,
-                mode=0o700,
-                max_readers=512,
-                readahead=False,
-            )
-            try:
-                env.reader_check()
-                tables = {name: env.open_db(name.encode()) for name in TABLES}
-            except BaseException:
-                env.close()
-                raise
+            env, tables = _open(directory, map_size)
         return cls(directory, env, tables)
 
     @contextmanager
@@ -155,10 +145,15 @@ class Index:
         with self._writer:
             while True:
                 self._check_open()
+                if self._doubted:
+                    self._renew()
                 try:
                     result = self._attempt(job)
                 except _MapIsFullError:
                     self._grow()
+                except DiskFault:
+                    self._doubted = True
+                    raise
                 else:
                     self._reserve()
                     return result
@@ -203,6 +198,32 @@ class Index:
                 self._closed = True
                 self._env.close()
 
+    def trial(self) -> None:
+        """Write something, as it is, in a synced transaction. DiskFault, NoSpaceError, CacheError."""
+        self.write(lambda txn: txn.put("meta", b"state", txn.get("meta", b"state") or b""))
+
+    def _renew(self) -> None:
+        """After a failed write: open the file anew, from what is on the disk. Every transaction that was told is there.
+
+        Pages of the failed one that stay in memory, as if they had been written, could be lost without an error when
+        they are written again (`Cache.renew` has the reason); and LMDB itself refuses every further call once the page
+        that names the newest state could not be written (MDB_PANIC). The whole file is read once before it is mapped:
+        an error is one of `read(2)` then, and not a SIGBUS; until that succeeds, nothing can be read of it.
+        """
+        data = self.directory / "data.mdb"
+        with self._gate.exclusive(), _lmdb_errors(self.directory), disk_errors(f"read {data} again"):
+            descriptor = os.open(data, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                os.fdatasync(descriptor)  # while it goes on failing, what is there can be read
+                self._env.close()
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                while os.read(descriptor, _READ_BYTES):
+                    pass
+            finally:
+                os.close(descriptor)
+            self._env, self._tables = _open(self.directory, self._map_size)
+        self._doubted = False
+
     def verify(self) -> list[str]:
         """What a walk over every byte of the file finds wrong. Writers wait meanwhile."""
         walk: Callable[[str], list[str]] = lmdb.verify.verify  # has no annotations of its own
@@ -226,6 +247,7 @@ class Index:
                     f"the index {self.directory} outgrew {_MAX_MAP_SIZE} bytes: remove some refs"
                 )
             self._env.set_mapsize(size)
+            self._map_size = size
 
     def _reserve(self) -> None:
         """Keep room for the transactions that free room. Where the filesystem cannot, they may fail: no harm done."""
@@ -239,6 +261,19 @@ class Index:
                 reserve(descriptor, found.st_size + _HEADROOM)
         finally:
             os.close(descriptor)
+
+
+def _open(directory: Path, map_size: int) -> tuple[lmdb.Environment, dict[str, lmdb._Database]]:
+    """lmdb.Error."""
+    env = lmdb.open(
+        os.fspath(directory), map_size=map_size, max_dbs=32, mode=0o700, max_readers=512, readahead=False
+    )
+    try:
+        env.reader_check()
+        return env, {name: env.open_db(name.encode()) for name in TABLES}
+    except BaseException:
+        env.close()
+        raise
 
 
 class _Gate:
@@ -304,7 +339,7 @@ def _lmdb_errors(directory: Path) -> Iterator[None]:
         raise corrupt(directory, str(error)) from error
     except lmdb.PanicError as error:
         raise DiskFault(
-            f"the index {directory} failed to reach the disk before: restart weightfs ({error})"
+            f"the index {directory} failed to reach the disk before: look at the disk (dmesg) ({error})"
         ) from error
     except lmdb.Error as error:
         raise _of_lmdb(error, directory) from error

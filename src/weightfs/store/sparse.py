@@ -28,7 +28,7 @@ from pathlib import Path
 
 from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import BlobId
-from weightfs.errors import CacheError, DiskFault, NoSpaceError
+from weightfs.errors import CacheError, DiskFault, LostFileError, NoSpaceError
 
 _PUNCH_HOLE = 0x02  # FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 _KEEP_SIZE = 0x01  # FALLOC_FL_KEEP_SIZE
@@ -66,9 +66,9 @@ def translate(error: OSError, what: str, blob: BlobId | None = None) -> CacheErr
                 f"the cache cannot {what}: it is a symbolic link, which weightfs does not follow; remove it"
             )
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return CacheError(
-                f"the cache cannot {what}: {reason}; give user {os.geteuid()} write access, or choose another directory"
-            )
+            way_out = f"give user {os.geteuid()} write access, or choose another directory"
+            kind = DiskFault if error.errno == errno.EROFS else CacheError
+            return kind(f"the cache cannot {what}: {reason}; {way_out}")
         case errno.EMFILE | errno.ENFILE:
             return CacheError(
                 f"the cache cannot {what}: {reason}; raise the limit of open files (LimitNOFILE)"
@@ -80,6 +80,16 @@ def translate(error: OSError, what: str, blob: BlobId | None = None) -> CacheErr
 def reserve(descriptor: int, stop: int) -> bool:
     """Give a file disk blocks up to byte `stop` without changing its length; False where that cannot be had."""
     return bool(_libc.fallocate(descriptor, _KEEP_SIZE, 0, stop) == 0)
+
+
+def punch_hole(descriptor: int, span: ByteSpan) -> bool:
+    """Give the space of whole blocks of a file back; False if its filesystem cannot. OSError."""
+    if not _libc.fallocate(descriptor, _PUNCH_HOLE | _KEEP_SIZE, span.start, len(span)):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+        return False
+    raise OSError(number, os.strerror(number))
 
 
 @dataclass(slots=True)
@@ -103,6 +113,7 @@ class SparseFiles:
         self._whole: set[BlobId] = set()  # prepared: the file is there, at full length
         self._nameless: dict[BlobId, object] = {}  # made, and the name is perhaps not on the disk yet
         self._tidy: set[BlobId] = set()  # what an earlier session left was thrown away once; never again
+        self._read_only: set[BlobId] = set()  # opened for reading alone, since their filesystem was read-only
         self._buffers = threading.local()
 
     def path(self, blob: BlobId) -> Path:
@@ -139,9 +150,17 @@ class SparseFiles:
             self.remember(blob, os.fstat(descriptor))
             self._whole.add(blob)
             self._tidy.add(blob)
+            self._open_for_writing(blob)
         finally:
             os.close(descriptor)
         return path
+
+    def _open_for_writing(self, blob: BlobId) -> None:
+        if blob in self._read_only:
+            self._read_only.discard(blob)
+            with self._lock:
+                closing = self._retire(self._open.pop(blob, None))
+            _close(closing)
 
     def identity(self, blob: BlobId) -> tuple[int, int] | None:
         """(device, inode) of the file that counts as the blob's in this session; None before it was prepared."""
@@ -230,13 +249,8 @@ class SparseFiles:
             for span in spans:
                 # Past the end too, so that the last, partial block is freed and not only zeroed.
                 stop = -(-span.stop // _BLOCK) * _BLOCK if span.stop >= length else span.stop
-                if stop > span.start and _libc.fallocate(
-                    descriptor, _PUNCH_HOLE | _KEEP_SIZE, span.start, stop - span.start
-                ):
-                    number = ctypes.get_errno()
-                    if number in (errno.EOPNOTSUPP, errno.ENOSYS):
-                        return False
-                    raise OSError(number, os.strerror(number))
+                if stop > span.start and not punch_hole(descriptor, ByteSpan(span.start, stop)):
+                    return False
         return True
 
     def forget_pages(self, blob: BlobId, span: ByteSpan) -> None:
@@ -304,7 +318,15 @@ class SparseFiles:
         try:
             with disk_errors(f"open {path}", blob):
                 # Non-blocking: a FIFO under this name must not hold us up; it means nothing for a regular file.
-                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+                try:
+                    descriptor = os.open(path, os.O_RDWR | flags)
+                except OSError as error:
+                    if error.errno != errno.EROFS:
+                        raise
+                    # What is in it can be read all the same. Whoever writes is told by the call that writes.
+                    descriptor = os.open(path, os.O_RDONLY | flags)
+                    self._read_only.add(blob)
         except CacheError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise self._fault(blob, "is gone") from error
@@ -336,9 +358,9 @@ class SparseFiles:
         with self._lock:
             self._seen.setdefault(blob, (found.st_dev, found.st_ino))
 
-    def _fault(self, blob: BlobId, what: str) -> DiskFault:
+    def _fault(self, blob: BlobId, what: str) -> LostFileError:
         way_out = "what it held must be fetched again: run `weightfs verify --repair`"
-        return DiskFault(f"the cache file {self.path(blob)} {what}; {way_out}", blob=str(blob))
+        return LostFileError(f"the cache file {self.path(blob)} {what}; {way_out}", blob=str(blob))
 
     # Descriptors
 

@@ -42,7 +42,7 @@ def missing(filesystem: str) -> str | None:
             return f"{program} is not installed"
     for trial in ((*ISOLATED, "true"), ("losetup", "--find")):
         try:
-            _run(*trial)
+            run(*trial)
         except RuntimeError as error:
             return f"not permitted here: {error}"
     if cloning() is None:
@@ -60,7 +60,7 @@ def _lacks(filesystem: str) -> str | None:
         return f"mkfs.{filesystem} is not installed"
     if shutil.which("modprobe", path=_SBIN) is not None:  # a module that nobody has asked for yet
         with contextlib.suppress(RuntimeError):
-            _run("modprobe", "-q", filesystem)
+            run("modprobe", "-q", filesystem)
     known = {line.split()[-1] for line in Path("/proc/filesystems").read_text().splitlines()}
     return None if filesystem in known else f"this kernel has no {filesystem}"
 
@@ -83,19 +83,22 @@ def make_disk(image: Path, filesystem: str) -> None:
 
 
 @contextlib.contextmanager
-def mounted(image: Path, filesystem: str, *, direct: bool = False) -> Iterator[Path]:
+def mounted(image: Path, filesystem: str, *, direct: bool = False, options: str = "") -> Iterator[Path]:
     """The image, mounted. With `direct`, it gets writes only when the filesystem issues them. RuntimeError."""
     directory = Path(tempfile.mkdtemp(prefix="weightfs-disk-"))
     try:
-        options = ["--direct-io=on"] if direct else []
-        device = _run("losetup", "--find", "--show", *options, str(image)).strip()
+        how = ["--direct-io=on"] if direct else []
+        device = run("losetup", "--find", "--show", *how, str(image)).strip()
         try:
-            if direct and _run("losetup", "--noheadings", "--output", "DIO", device).strip() != "1":
+            if direct and run("losetup", "--noheadings", "--output", "DIO", device).strip() != "1":
                 raise RuntimeError(f"{image} cannot be written with direct I/O: no honest picture of a cut")
-            more = ["-o", "nouuid"] if filesystem == "xfs" else []  # a clone has the identity of its original
-            _run("mount", "-t", filesystem, *more, device, str(directory))
+            more = ["-o", options] if options else []
+            more += (
+                ["-o", "nouuid"] if filesystem == "xfs" else []
+            )  # a clone has the identity of its original
+            run("mount", "-t", filesystem, *more, device, str(directory))
         finally:
-            _run("losetup", "--detach", device)  # mounted: autoclear, gone with the mount
+            run("losetup", "--detach", device)  # mounted: autoclear, gone with the mount
         try:
             yield directory
         finally:
@@ -113,18 +116,19 @@ def cut(image: Path, target: Path) -> None:
 def _make(image: Path, filesystem: str, size: int) -> None:
     with image.open("xb") as file:
         file.truncate(size)
-    _run(f"mkfs.{filesystem}", "-q", str(image))
+    run(f"mkfs.{filesystem}", "-q", str(image))
 
 
 def _unmount(directory: Path) -> None:
     try:
-        _run("umount", str(directory))
+        run("umount", str(directory))
     except RuntimeError:
-        _run("umount", "--lazy", str(directory))
+        run("umount", "--lazy", str(directory))
         raise
 
 
-def _run(*command: str) -> str:
+def run(*command: str) -> str:
+    """What a program of the machine prints. RuntimeError if it fails."""
     done = subprocess.run(  # noqa: S603 - fixed commands, no shell
         command,
         check=False,

@@ -75,6 +75,7 @@ class PlanDriver:
         self.fetched: list[tuple[BlobId, int]] = []  # chunks in the order in which they landed
         self.commands: list[plan.Command] = []
         self.capacity: tuple[int | None, int | None] = (None, None)  # demand's, background's
+        self.background = True
         self._next_waiter = 1
 
     # ---- events
@@ -226,6 +227,11 @@ class PlanDriver:
         self.capacity = (demand, background)
         self.feed(plan.Capacity(demand, background))
 
+    def set_background(self, *, on: bool) -> None:
+        """Whether read-ahead and fill may begin anything."""
+        self.background = on
+        self.feed(plan.Background(on))
+
     def no_room(self) -> None:
         """No more can be had: whoever waits for what does not fit is told, and only they."""
         before = dict(self.waiting)
@@ -284,6 +290,7 @@ class PlanDriver:
         assert todo, "a fetch of nothing"
         assert not fetch.whole or fetch.span == blob.shape.chunks
         assert 0 <= fetch.mirror < blob.mirror_count
+        assert self.background or fetch.priority is Priority.DEMAND, "background was switched off"
         assert self.busy_until.get((fetch.blob, fetch.mirror), 0.0) <= self.now, (
             "asked before its Retry-After"
         )
@@ -342,7 +349,7 @@ class PlanDriver:
             return
         for blob in self.blobs.values():
             spans = [span for where, span in self.waiting.values() if where is blob]
-            spans += [blob.shape.chunks] if blob.fill and not blob.paused else []
+            spans += [blob.shape.chunks] if blob.fill and not blob.paused and self.background else []
             absent = {chunk for span in spans for hole in blob.present.holes(span) for chunk in hole}
             short = self.planner.short()  # somebody was asked for room
             assert short or blob.undurable or absent <= blob.punching, f"nothing will ever wake {blob.id}"
@@ -355,6 +362,7 @@ class PlanDriver:
         Readers that were told a failure ask again, as readers do. `ranges`: whether honest mirrors have ranges.
         """
         self.limit(None, None)
+        self.set_background(on=True)
         for blob in self.blobs.values():
             self.punch(blob.id)
             self.fill(blob.id)
