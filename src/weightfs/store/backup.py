@@ -7,6 +7,7 @@ Rules that hold here:
   hashes every chunk before its first use: what was dropped, evicted or landed anew since then fails, and is a hole.
 - Whoever goes on from a copy counts every blob as one that was whole once: it may be mapped, and is not punched.
 - A damaged index is renamed to `<cache>/index.damaged`, never deleted, until another one is damaged.
+- A damaged index is not copied: the last good copy stays.
 - A copy that cannot be made is a warning: the cache works without.
 """
 

@@ -50,6 +50,7 @@ from weightfs.store.sparse import disk_errors, reserve, translate
 log = logging.getLogger(__name__)
 
 TABLES = ("meta", "ref", "raw", "blob", "list", "chunk", "bits", "run", "use", "file", "doomed")
+_NEEDED = ("ref", "raw", "blob", "list")  # of sealed values; what the others say can be found out again
 _MAP_SIZE = 1 << 28  # address space, not memory: 2 million chunk records before it must grow
 _MAX_MAP_SIZE = 1 << 42
 # Kept allocated past the end of data.mdb: on a full disk, dropping chunks still needs new pages (copy on write).
@@ -210,9 +211,18 @@ class Index:
                 self._env.close()
 
     def copy_to(self, descriptor: int) -> None:
-        """Write a copy of the index as it is now, without free pages, to an open file. CacheError."""
+        """Write a copy of the index as it is now, without free pages, to an open file.
+
+        CacheCorruptError if a value that cannot be done without is damaged, also if that was found earlier. CacheError.
+        """
         with self._gate.shared(), _lmdb_errors(self.directory):
             self._check_open()
+            if (self.directory / _DAMAGED).exists():
+                raise RecordError("damage was found while it was in use")
+            with self._env.begin() as txn:
+                for table in _NEEDED:
+                    for key, value in txn.cursor(db=self._tables[table]):
+                        unseal(table, key, value)
             self._env.copyfd(descriptor, compact=True)
 
     def verify(self) -> list[str]:
@@ -368,6 +378,10 @@ def _digest(data: Path) -> bytes:
     """The SHA-256 of the file in hex; empty if there is no file, or an empty one."""
     try:
         with data.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest().encode() if os.fstat(file.fileno()).st_size else b""
+            return (
+                hashlib.file_digest(file, "sha256").hexdigest().encode()
+                if os.fstat(file.fileno()).st_size
+                else b""
+            )
     except FileNotFoundError:
         return b""

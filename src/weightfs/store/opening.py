@@ -57,9 +57,7 @@ MIGRATIONS: Mapping[int, Callable[[Txn], None]] = {1: _to_2}
 _MAX_EPOCH = (
     0xFFFF  # u16 in the chunk records; then it begins again, and the bitmaps alone say what is suspect
 )
-_OWN_NAMES = frozenset(
-    {"lock", "index", "blobs", "control.sock", "lost+found", backup.COPIES, backup.ASIDE}
-)
+_OWN_NAMES = frozenset({"lock", "index", "blobs", "control.sock", "lost+found", backup.COPIES, backup.ASIDE})
 
 
 @dataclass(frozen=True, slots=True)
