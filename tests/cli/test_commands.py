@@ -243,7 +243,8 @@ FILE = {
     "path": "m.gguf",
     "waiting_readers": 2,
     "error": "",
-    "mirrors": [{"url": "https://h/m", "faults": 3, "mismatches": 1, "rate": 1048576.0}],
+    "mirrors": [{"url": "https://h/m", "faults": 3, "mismatches": 1, "rate": 1048576.0, "wrong": {"wire": 1, "disk": 0, "origin": 0}}],
+    "wrong": {"wire": 1, "disk": 2, "origin": 0},
 }
 STATUS = {
     "role": "mount",
@@ -292,6 +293,8 @@ def test_the_status_for_people() -> None:
     assert any("99%" in line and REF in line for line in lines), "never 100 % before it is complete"
     assert "  m.gguf: 2 readers wait" in lines
     assert "  https://h/m: 3 faults, 1 wrong chunks, 1.0 MiB/s" in lines
+    assert "  m.gguf: wrong chunks: 1 by the wire, 2 by the disk" in lines
+    assert "  https://h/m: wrong chunks: 1 by the wire" in lines
     assert any("chunks 1 to 4" in line for line in lines)
 
 

@@ -81,9 +81,9 @@ async def use(root: Path, files: dict[str, bytes], *, leave: Callable[[], None] 
 def life(root: Path, files: dict[str, bytes], report: Path) -> int:
     """One process that uses the cache: its wait status. What it has to say is in `report`."""
     pid = os.fork()
-    if pid:
-        return os.waitpid(pid, 0)[1]
-    live(root, files, report)
+    if not pid:
+        live(root, files, report)
+    return os.waitpid(pid, 0)[1]
 
 
 def live(root: Path, files: dict[str, bytes], report: Path) -> NoReturn:
@@ -216,7 +216,7 @@ def round_of(
     number: int, seed: int, place: Path, grounds: list[Path], files: dict[str, bytes]
 ) -> dict[str, Any]:
     """One round."""
-    rng = random.Random(f"{seed} {number}")  # noqa: S311
+    rng = random.Random(f"{seed} {number}")
     root, report = place / "round", place / "report"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(grounds[rng.random() < 0.4], root, ignore=shutil.ignore_patterns("control.sock"))

@@ -20,6 +20,7 @@ from weightfs.cli.mapping import map_
 from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
 from weightfs.cli.pulling import pull
+from weightfs.cli.repairing import repair
 
 EPILOG = """\b
 Examples:
@@ -31,7 +32,7 @@ Examples:
 
 \b
 Exit codes:
-  0    done; for pull and verify: and everything is as it should be
+  0    done; for pull, verify and repair: and everything is as it should be
   1    a fault of weightfs itself (-v shows the traceback)
   2    what was typed or configured is wrong; nothing was done
   3    an origin did not give what was asked of it
@@ -61,7 +62,7 @@ def cli() -> None:
 
 for command in (
     *(mount, umount, add, pull, update, pin, unpin),
-    *(status, ls, map_, verify, gc, rm, link, env, publish, doctor, config, completion),
+    *(status, ls, map_, verify, repair, gc, rm, link, env, publish, doctor, config, completion),
 ):
     cli.add_command(command)
 

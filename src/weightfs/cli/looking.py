@@ -247,13 +247,22 @@ def _file_lines(file: Document) -> list[str]:
         lines.append(f"{file['path']}: {file['waiting_readers']} readers wait")
     if file["error"]:
         lines.append(f"{file['path']}: {file['error']}")
+    if any(file["wrong"].values()):
+        lines.append(f"{file['path']}: wrong chunks: {_by_cause(file['wrong'])}")
     for mirror in file["mirrors"]:
         if mirror["faults"] or mirror["mismatches"]:
             rate = f", {format_size(mirror['rate'])}/s" if mirror["rate"] else ""
             lines.append(
                 f"{mirror['url']}: {mirror['faults']} faults, {mirror['mismatches']} wrong chunks{rate}"
             )
+        if any(mirror["wrong"].values()):
+            lines.append(f"{mirror['url']}: wrong chunks: {_by_cause(mirror['wrong'])}")
     return lines
+
+
+def _by_cause(wrong: Document) -> str:
+    """Whose fault they were."""
+    return ", ".join(f"{count} by the {cause}" for cause, count in wrong.items() if count)
 
 
 def _name(ref: Document) -> str:

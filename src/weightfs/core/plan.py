@@ -7,7 +7,7 @@ order.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from weightfs.core.chunkset import ChunkSet
@@ -133,6 +133,14 @@ class Undone:
 
 
 @dataclass(frozen=True, slots=True)
+class Refuted:
+    """The whole is wrong: each of these chunks, by number, is to be had from another mirror than the one that gave it."""
+
+    blob: BlobId
+    sources: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Mismatched:
     """The chunk's digest was not the trusted one; nothing was written; the job goes on with the next chunk."""
 
@@ -209,7 +217,7 @@ class Tick:
 
 
 JobEvent = Landed | Mismatched | Trimmed | Done | Failed
-BlobEvent = Remirrored | Need | Want | Fill | Durable | Undone | Dropped | Punched
+BlobEvent = Remirrored | Need | Want | Fill | Durable | Undone | Refuted | Dropped | Punched
 Event = JobEvent | BlobEvent | Added | Removed | Withdrawn | Tick | Capacity | NoRoom
 
 # ---- commands

@@ -233,6 +233,8 @@ class Planner:
                 self._scheduler.set_fill(blob, on)
             case plan.Durable() | plan.Undone():
                 self._settled(blob, event, now)
+            case plan.Refuted(_, sources):
+                self._faults.refuted(blob, sources, now)
             case plan.Dropped(_, chunks):
                 self._ledger.drop(blob, chunks)
             case plan.Punched(_, chunks, freed):

@@ -45,7 +45,7 @@ class _Running:
 
 
 class Fetcher:
-    """`landed(state, chunk, digest)` is called for each chunk that became visible, in the trio thread.
+    """`landed(state, chunk, digest, mirror)` is called for each chunk that became visible, in the trio thread.
 
     `mend(state, life)` says whether the file that counted in `life` was lost; then there is a new one. CacheError.
     """
@@ -54,7 +54,7 @@ class Fetcher:
         self,
         planner: Planner,
         pool: WorkerPool,
-        landed: Callable[[BlobState, int, bytes], None],
+        landed: Callable[[BlobState, int, bytes, int], None],
         mend: Callable[[BlobState, int], Awaitable[bool]],
         nursery: trio.Nursery,
         pacer: Pacer,
@@ -211,7 +211,7 @@ class Fetcher:
         if running.life != state.life:
             return  # into a file that was lost; it is free again when the job has ended
         if self._blobs.get(state.id) is state:  # first the record, then the readers
-            self._landed(state, chunk, digest)
+            self._landed(state, chunk, digest, running.fetch.mirror)
         self.feed(plan.Landed(job, chunk))
 
     def _mismatched(self, job: int, chunk: int, actual: str) -> None:
@@ -221,9 +221,11 @@ class Fetcher:
         state, fetch = running.state, running.fetch
         self.mismatches += 1
         mirror = without_secrets(state.mirrors[fetch.mirror].url)
+        cause = state.faults.mismatched(fetch.mirror, chunk, bytes.fromhex(actual))
         log.warning(
-            "chunk %d of %s from mirror %s has SHA-256 %s where the chunk list says %s; discarded, asking elsewhere",
-            chunk, state.ref, mirror, actual, state.expected(chunk).hex(),
+            "chunk %d of %s from mirror %s has SHA-256 %s where the chunk list says %s; discarded, asking elsewhere "
+            "(fault of the %s)",
+            chunk, state.ref, mirror, actual, state.expected(chunk).hex(), cause,
         )  # fmt: skip
         text = (
             f"chunk {chunk} of {state.ref} from mirror {mirror} does not match its chunk list; "

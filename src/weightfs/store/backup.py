@@ -13,7 +13,6 @@ Rules that hold here:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -135,12 +134,12 @@ def settled(root: Path) -> None:
 
 def _copies(directory: Path) -> list[Path]:
     """By age, the newest first."""
-    found: list[tuple[int, Path]] = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for path in directory.iterdir():
-            if _NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-                found.append((path.stat().st_mtime_ns, path))
-    return [path for _, path in sorted(found, reverse=True)]
+    try:
+        named = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    regular = [path for path in named if path.is_file() and not path.is_symlink()]
+    return sorted(regular, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _is_good(copy: Path) -> bool:

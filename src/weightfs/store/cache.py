@@ -227,6 +227,13 @@ class Cache:
             span = chunks.intersect(shape.chunks)
             return {chunk: record.digest for chunk, record in ledger.chunk_records(txn, id, shape, span)}
 
+    def sources(self, id: BlobId, chunks: ChunkSpan) -> dict[int, int]:  # noqa: A002
+        """The numbers of the mirrors that gave these chunks; 255 stands for all from there on."""
+        with self._index.read() as txn:
+            shape = self._record(txn, id).blob.shape
+            span = chunks.intersect(shape.chunks)
+            return {chunk: record.source for chunk, record in ledger.chunk_records(txn, id, shape, span)}
+
     def required_digests(self, id: BlobId, chunks: ChunkSpan) -> dict[int, bytes]:  # noqa: A002
         """What a fetched chunk must hash to, where that is known: from a trusted list, or proven once.
 

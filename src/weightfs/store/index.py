@@ -328,6 +328,7 @@ def _lmdb_errors(directory: Path) -> Iterator[None]:
         raise _found_damaged(directory, str(error)) from error
     except (
         lmdb.CorruptedError,
+        lmdb.BadTxnError,  # no transaction is used after its end: a damaged page was met in it
         lmdb.PageNotFoundError,
         lmdb.VersionMismatchError,
         lmdb.InvalidError,
