@@ -243,7 +243,15 @@ FILE = {
     "path": "m.gguf",
     "waiting_readers": 2,
     "error": "",
-    "mirrors": [{"url": "https://h/m", "faults": 3, "mismatches": 1, "rate": 1048576.0, "wrong": {"wire": 1, "disk": 0, "origin": 0}}],
+    "mirrors": [
+        {
+            "url": "https://h/m",
+            "faults": 3,
+            "mismatches": 1,
+            "rate": 1048576.0,
+            "wrong": {"wire": 1, "disk": 0, "origin": 0},
+        }
+    ],
     "wrong": {"wire": 1, "disk": 2, "origin": 0},
 }
 STATUS = {
@@ -328,7 +336,7 @@ def test_a_report_for_people() -> None:
     ]
     assert "--repair" in verdict([report_], repair=False)
     assert "pull it again" in verdict([report_], repair=True)
-    assert "from elsewhere" in verdict([{**report_, "quarantined": ["m.gguf"]}], repair=True)
+    assert "weightfs repair" in verdict([{**report_, "quarantined": ["m.gguf"]}], repair=True)
 
 
 def test_publish(tmp_path: Path) -> None:

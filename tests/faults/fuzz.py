@@ -192,12 +192,15 @@ def make_grounds(place: Path, files: dict[str, bytes]) -> list[Path]:
     """A cache that was closed, one that was killed, and an older state of the first."""
     clean, killed, older = place / "clean", place / "killed", place / "older"
 
+    def leave() -> None:
+        shutil.copytree(clean, killed)
+
     def grow() -> None:
         first = dict(list(files.items())[:1])
         trio.run(lambda: use(clean, first))
         shutil.copytree(clean, older)
         trio.run(lambda: use(clean, files))
-        trio.run(lambda: use(clean, files, leave=lambda: shutil.copytree(clean, killed) and None))
+        trio.run(lambda: use(clean, files, leave=leave))
 
     pid = os.fork()  # trio's threads stay out of the process that forks the rounds
     if not pid:

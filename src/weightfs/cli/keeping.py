@@ -106,7 +106,10 @@ def verdict(reports: Sequence[Document], *, repair: bool) -> str:
     """One sentence about the refs that are not as they should be, with the way out."""
     wrong = [report["ref"] for report in reports if report["quarantined"]]
     if wrong:
-        return f"{', '.join(wrong)}: not what was promised; `weightfs repair` fetches it again, from another mirror if there is one"
+        return (
+            f"{', '.join(wrong)}: not what was promised; `weightfs repair` fetches it again, from another mirror if "
+            "there is one"
+        )
     damaged = [report["ref"] for report in reports if not report["ok"]]
     way_out = "remove it and pull it again" if repair else "run verify with --repair"
     return f"what is cached of {', '.join(damaged)} is not what was recorded; {way_out}"

@@ -76,7 +76,9 @@ def repair_lines(report: Document) -> list[str]:
     lines = report_lines(report)
     for found in report["mended"]:
         wrong, right = found["wrong_from"] or "its mirror", found["right_from"] or "its mirror"
-        lines.append(f"    {found['path']}: chunk {found['chunk']} was wrong from {wrong}, and is right from {right}")
+        lines.append(
+            f"    {found['path']}: chunk {found['chunk']} was wrong from {wrong}, and is right from {right}"
+        )
     for path, wrong in report["wrong"].items():
         lines.append(
             f"    {path}: wrong chunks since the start: {wrong['wire']} by the wire, {wrong['disk']} by the disk, "

@@ -2,8 +2,8 @@
 
 The rule:
 
-- wire: a fetched chunk differed from the digest that binds it, and these wrong bytes were seen once. Chance does that, or
-  whatever stands between.
+- wire: a fetched chunk differed from the digest that binds it, and these wrong bytes came once. Chance does that,
+  or whatever stands between.
 - origin: the same wrong bytes of a chunk came again, from the same mirror or from another one; or every chunk is as it
   came, and the digest of the whole is not the promised one; or a chunk of such a whole was had right from elsewhere.
 - disk: bytes that were right when they landed differ when they are read again, or are gone.
@@ -52,7 +52,9 @@ class Attribution:
     """The faults of one blob. Mirrors are named by their numbers."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[int, bytes], int | None] = {}  # mirror of a fault that counts as the wire's still
+        self._seen: dict[
+            tuple[int, bytes], int | None
+        ] = {}  # mirror of a fault that counts as the wire's still
         self._mirrors: dict[int, FaultCounts] = {}
         self._others = _NONE
 

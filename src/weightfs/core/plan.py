@@ -134,7 +134,7 @@ class Undone:
 
 @dataclass(frozen=True, slots=True)
 class Refuted:
-    """The whole is wrong: each of these chunks, by number, is to be had from another mirror than the one that gave it."""
+    """The whole is wrong: of each of these chunks the mirror, by number, that gave it. Others are asked from now on."""
 
     blob: BlobId
     sources: Mapping[int, int]

@@ -70,7 +70,9 @@ class BlobState:
     )
     no_room: NoSpaceError | None = None  # why it is not completed: the cache is full
     let_go: int = 0  # the byte up to which the pages behind a sequential reader were let go
-    faults: Attribution = field(default_factory=Attribution)  # whose bytes were wrong, since this process began
+    faults: Attribution = field(
+        default_factory=Attribution
+    )  # whose bytes were wrong, since this process began
     changed: trio.Event = field(
         default_factory=trio.Event
     )  # set and replaced at each change of trust or completeness

@@ -1,7 +1,8 @@
 """The engine: what the mount, the control socket and the command line see of weightfs.
 
 Rules: one trio run. Everything but the `async` methods answers from memory; of the `async` ones, only `add`, `update`,
-`browse`, `complete`, `verify`, `repair`, and, of many files, `details` and `tensor_map` may wait for longer than `read_timeout`.
+`browse`, `complete`, `verify`, `repair`, and, of many files, `details` and `tensor_map` may wait for longer than
+`read_timeout`.
 """
 
 from __future__ import annotations

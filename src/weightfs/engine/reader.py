@@ -200,7 +200,11 @@ class Reader:
         if good:
             self._holdings.cleared(state, [chunk])
         else:
-            log.warning("chunk %d of %s did not survive the last stop; fetching it again (fault of the disk)", chunk, state.ref)
+            log.warning(
+                "chunk %d of %s did not survive the last stop; fetching it again (fault of the disk)",
+                chunk,
+                state.ref,
+            )
             await self._holdings.drop_bad(state, [chunk])
 
     def _equals_record(self, state: BlobState, chunk: int) -> bool:

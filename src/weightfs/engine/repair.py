@@ -1,8 +1,8 @@
 """`weightfs repair`: what is bad on the disk, or quarantined, is fetched again and proven.
 
-Rules: only what is known to be wrong is dropped. Of a disk's fault that is the chunk. Of a quarantined file nobody knows
-which chunk is wrong, and nobody may read it: all of its chunks are fetched again, each from another mirror than the one
-that gave it, if there is one. What differs from what was there before names the wrong chunks and their mirror.
+Rules: only what is known to be wrong is dropped. Of a disk's fault that is the chunk. Of a quarantined file nobody
+knows which chunk is wrong, and nobody may read it: all of its chunks are fetched again, each from another mirror than
+the one that gave it, if there is one. What differs from what was there before names the wrong chunks and their mirror.
 """
 
 from __future__ import annotations

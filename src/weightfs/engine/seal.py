@@ -141,7 +141,8 @@ class Sealer:
             self._committer.progressed(state.id, state.run)
         if answer.bad:
             log.warning(
-                "chunk %d of %s: the disk returned other bytes than were received; fetching it again (fault of the disk)",
+                "chunk %d of %s: the disk returned other bytes than were received; fetching it again "
+                "(fault of the disk)",
                 answer.bad[0],
                 state.ref,
             )
@@ -169,8 +170,8 @@ class Sealer:
             state.faults.refuted()
             log.error(
                 "%s is quarantined: its %s is %s where %s was promised, although every chunk is as it was "
-                "received: the origin gave wrong bytes (fault of the origin). `weightfs repair` fetches it again, from another mirror if "
-                "there is one",
+                "received: the origin gave wrong bytes (fault of the origin). `weightfs repair` fetches it again, from "
+                "another mirror if there is one",
                 state.ref, kind, answer.total, expected,
             )  # fmt: skip
         self._committer.judged(state.id, state.trust)
