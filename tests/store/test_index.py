@@ -102,7 +102,8 @@ def failure(code: int) -> lmdb.Error:
         (failure(5), DiskFault),
         (failure(30), CacheError),
         (lmdb.ReadersFullError("x"), CacheError),
-        (lmdb.BadTxnError("x"), CacheError),
+        (lmdb.BadTxnError("x"), CacheCorruptError),
+        (lmdb.BadDbiError("x"), CacheCorruptError),
     ],
 )
 def test_lmdb_errors_are_translated(index: Index, error: lmdb.Error, kind: type[CacheError]) -> None:

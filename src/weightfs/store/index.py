@@ -328,7 +328,9 @@ def _lmdb_errors(directory: Path) -> Iterator[None]:
         raise _found_damaged(directory, str(error)) from error
     except (
         lmdb.CorruptedError,
-        lmdb.BadTxnError,  # no transaction is used after its end: a damaged page was met in it
+        # No transaction is used after its end, no table closed: these two come of damaged pages.
+        lmdb.BadTxnError,
+        lmdb.BadDbiError,
         lmdb.PageNotFoundError,
         lmdb.VersionMismatchError,
         lmdb.InvalidError,

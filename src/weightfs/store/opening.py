@@ -49,7 +49,7 @@ def _to_2(txn: Txn) -> None:
 def _whole_all(txn: Txn) -> None:
     """Whichever was whole once may be mapped: count all as such, with no word on when they were used."""
     for key in txn.keys("blob"):
-        evicting.put_use(txn, BlobId(key), evicting.Use(whole=True))
+        evicting.put_use(txn, ledger.blob_id(key), evicting.Use(whole=True))
 
 
 # From the format that is the key to the next one. Each is run in the transaction that opens the cache.
@@ -168,8 +168,8 @@ def begin(txn: Txn, files: SparseFiles, root: Path) -> tuple[State, bool]:
 def end(txn: Txn, files: SparseFiles, state: State) -> None:
     """Write the clean flag, and how every data file looks that is still the one which was read and written."""
     for key in txn.keys("blob"):
-        found = files.status(BlobId(key))
-        if found is not None and files.identity(BlobId(key)) in (None, (found.st_dev, found.st_ino)):
+        found = files.status(ledger.blob_id(key))
+        if found is not None and files.identity(ledger.blob_id(key)) in (None, (found.st_dev, found.st_ino)):
             txn.put_sealed("file", key, encode_file(_mark_of(found)))
     put_state(txn, State(state.epoch, clean=True, instance=state.instance))
 
