@@ -225,7 +225,8 @@ def round_of(
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(grounds[rng.random() < 0.4], root, ignore=shutil.ignore_patterns("control.sock"))
     what = damage(root, grounds[2], rng)
-    ends, texts = [], []
+    ends: list[int] = []
+    texts: list[str] = []
     while len(ends) < 2 or (ends[-1] != RIGHT and len(ends) < 3):
         report.write_text("")
         status = life(root, files, report)
