@@ -252,7 +252,16 @@ FILE = {
     "path": "m.gguf",
     "waiting_readers": 2,
     "error": "",
-    "mirrors": [{"url": "https://h/m", "faults": 3, "mismatches": 1, "rate": 1048576.0}],
+    "mirrors": [
+        {
+            "url": "https://h/m",
+            "faults": 3,
+            "mismatches": 1,
+            "rate": 1048576.0,
+            "wrong": {"wire": 1, "disk": 0, "origin": 0},
+        }
+    ],
+    "wrong": {"wire": 1, "disk": 2, "origin": 0},
 }
 STATUS = {
     "role": "mount",
@@ -304,6 +313,8 @@ def test_the_status_for_people() -> None:
     assert any("99%" in line and REF in line for line in lines), "never 100 % before it is complete"
     assert "  m.gguf: 2 readers wait" in lines
     assert "  https://h/m: 3 faults, 1 wrong chunks, 1.0 MiB/s" in lines
+    assert "  m.gguf: wrong chunks: 1 by the wire, 2 by the disk" in lines
+    assert "  https://h/m: wrong chunks: 1 by the wire" in lines
     assert any("chunks 1 to 4" in line for line in lines)
 
 
@@ -337,7 +348,7 @@ def test_a_report_for_people() -> None:
     ]
     assert "--repair" in verdict([report_], repair=False)
     assert "pull it again" in verdict([report_], repair=True)
-    assert "from elsewhere" in verdict([{**report_, "quarantined": ["m.gguf"]}], repair=True)
+    assert "weightfs repair" in verdict([{**report_, "quarantined": ["m.gguf"]}], repair=True)
 
 
 def test_publish(tmp_path: Path) -> None:

@@ -408,6 +408,19 @@ def test_a_wrong_chunk_is_fetched_elsewhere() -> None:
     assert made.woken == {reader: None}
 
 
+def test_a_refuted_chunk_is_asked_of_another_mirror_if_there_is_one() -> None:
+    made = driver("one", "two", count=2)
+    made.refute(A, {0: 0, 1: 1})
+    made.need(A, 0, 1)
+    made.need(A, 1, 2)
+    assert asked(made) == [1, 0]
+    alone = driver("one", count=1)
+    alone.refute(A, {0: 0})
+    reader = alone.need(A, 0, 1)
+    alone.land(only(alone))
+    assert alone.woken == {reader: None}
+
+
 def test_mismatches_per_mirror_hold_the_chunk_alone() -> None:
     made = driver("one", "two", count=4)
     reader = made.need(A, 0, 1)

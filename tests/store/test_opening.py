@@ -202,11 +202,32 @@ def test_a_migration_that_fails_leaves_the_old_format(root: Path, monkeypatch: p
     ("key", "value"),
     [(b"format", b"one"), (b"format", None), (b"format", b""), (b"state", b"{}"), (b"state", None)],
 )
-def test_damaged_meta(root: Path, key: bytes, value: bytes | None) -> None:
-    filled(root)
+def test_damaged_meta(root: Path, key: bytes, value: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
+    sample = filled(root)
     edit(root, "meta", key, value)
-    with pytest.raises(CacheCorruptError, match="move that directory aside"):
-        Cache.open(root, now=1)
+    assert_goes_on_from_its_copy(root, sample, caplog)
+
+
+def assert_goes_on_from_its_copy(root: Path, sample: Sample, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        cache = Cache.open(root, now=1)
+    (record,) = caplog.records
+    assert "its copy takes its place" in record.message
+    assert (root / "index.damaged").is_dir()
+    assert [stored.manifest for stored in cache.refs()] == [sample.manifest()]
+    progress = cache.progress(sample.id)
+    assert not cache.was_clean
+    assert progress.present.full
+    assert progress.suspect.full  # until it was hashed once more
+    assert progress.use.whole  # it may be mapped: no holes are punched
+    assert cache.check(deep=True) == []
+    cache.close()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        cache = Cache.open(root, now=1)
+    assert caplog.records == []
+    assert cache.was_clean
+    cache.close()
 
 
 # Clean and unclean
@@ -363,45 +384,101 @@ def test_a_stranger_in_the_directory_is_reported_and_kept(root: Path) -> None:
 # An index that cannot be read
 
 
-@pytest.mark.parametrize("how", ["truncate", "zeros", "noise", "text", "meta"])
-def test_a_damaged_index_is_an_error_with_a_way_out_and_not_a_dead_process(root: Path, how: str) -> None:
-    sample = filled(root, chunks=600)
+def spoil(root: Path, how: str) -> None:
     data = root / "index" / "data.mdb"
     size = data.stat().st_size
     if how == "truncate":
         os.truncate(data, size // 2)
     elif how == "text":
         data.write_text("not a database\n" * 1000)
+    elif how in ("gone", "directory"):
+        data.unlink()
+        if how == "directory":
+            data.mkdir()
     else:
         with data.open("r+b") as file:
             if how != "meta":
                 file.seek(2 * K)
             length = size - 2 * K if how != "meta" else 2 * K
             file.write(bytes(length) if how == "zeros" else hashlib.shake_128(b"noise").digest(length))
-    # In a process of its own: without the probe it dies of SIGBUS or SIGABRT, which a test would not survive.
-    program = """
-import sys
-from pathlib import Path
-from weightfs.errors import CacheCorruptError
-from weightfs.store.cache import Cache
-try:
-    Cache.open(Path(sys.argv[1]), now=1)
-except CacheCorruptError as error:
-    print(error)
-    sys.exit(42)
-"""
+
+
+@pytest.mark.parametrize("how", ["truncate", "zeros", "noise", "text", "meta", "directory"])
+def test_a_damaged_index_is_set_aside_and_its_copy_takes_its_place(
+    root: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample = filled(root, chunks=600)
+    spoil(root, how)
+    # In a process of its own first: without the probe it dies of SIGBUS or SIGABRT, which a test would not survive.
+    shutil.copytree(root, root.with_name("trial"))
+    program = "import sys, pathlib, weightfs.store.cache as c; c.Cache.open(pathlib.Path(sys.argv[1]), now=1).close()"
     done = subprocess.run(
-        [sys.executable, "-c", program, root], capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode == 42, done.stderr
-    assert f"{root}/index" in done.stdout
-    assert "move that directory aside" in done.stdout
-    # And the way out is one.
-    (root / "index").rename(root / "index.aside")
-    cache = Cache.open(root, now=1)
+        [sys.executable, "-c", program, root.with_name("trial")],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{root.with_name('trial')}/index is damaged" in done.stderr
+    assert_goes_on_from_its_copy(root, sample, caplog)
+
+
+def test_a_missing_index_is_its_copy(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sample = filled(root)
+    spoil(root, "gone")
+    with caplog.at_level(logging.ERROR):
+        cache = Cache.open(root, now=1)
+    assert "is missing: its copy takes its place" in caplog.text
+    assert cache.progress(sample.id).suspect.full
+    assert cache.check(deep=True) == []
+    cache.close()
+
+
+def test_without_a_good_copy_the_index_is_empty_and_no_data_file_is_deleted(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample = filled(root)
+    spoil(root, "noise")
+    (copy,) = (root / "index.copy").iterdir()
+    with copy.open("r+b") as file:
+        file.write(b"x")
+    with caplog.at_level(logging.WARNING):
+        cache = Cache.open(root, now=1)
+    assert f"{copy} is damaged, and not used" in caplog.text
+    assert "starts with an empty index" in caplog.text
     assert cache.refs() == []
     assert cache.path(sample.id).stat().st_size == len(sample.data)
     cache.close()
+
+
+def test_what_was_removed_or_spoilt_since_the_copy_was_made_is_not_believed(root: Path) -> None:
+    """The copy is older than the file: its records are hashed before they are used."""
+    sample = filled(root)
+    path = root / "blobs" / str(sample.id)
+    with path.open("r+b") as file:
+        file.seek(K)
+        file.write(b"other")
+    spoil(root, "gone")
+    cache = Cache.open(root, now=1)
+    assert 1 in cache.progress(sample.id).suspect
+    (finding,) = cache.check(deep=True)
+    assert "chunk 1" in finding
+    cache.close()
+
+
+def test_damage_that_is_found_in_use_is_told_to_the_next_start_and_not_copied(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample = filled(root)
+    index = Index.open(root / "index")
+    with index.read() as txn:
+        (key,) = txn.keys("ref")
+    index.write(lambda txn: txn.put("ref", key, b"spoilt"))
+    index.close()
+    cache = Cache.open(root, now=1)
+    with pytest.raises(CacheCorruptError, match="the next start of weightfs sets it aside"):
+        cache.refs()
+    cache.close()
+    caplog.clear()
+    assert_goes_on_from_its_copy(root, sample, caplog)
 
 
 def test_a_read_only_cache_is_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from weightfs.cli.mounting import mount, umount
 from weightfs.cli.publishing import publish
 from weightfs.cli.pulling import pull
 from weightfs.cli.reloading import reload
+from weightfs.cli.repairing import repair
 from weightfs.cli.steering import fill, pause, resume
 from weightfs.cli.topping import top
 from weightfs.undumpable import forbid_core_dumps
@@ -36,7 +37,7 @@ Examples:
 
 \b
 Exit codes:
-  0    done; for pull and verify: and everything is as it should be
+  0    done; for pull, verify and repair: and everything is as it should be
   1    a fault of weightfs itself (-v shows the traceback)
   2    what was typed or configured is wrong; nothing was done
   3    an origin did not give what was asked of it
@@ -66,7 +67,7 @@ def cli() -> None:
 
 for command in (
     *(mount, umount, reload, add, pull, update, pin, unpin, fill, pause, resume),
-    *(status, top, ls, map_, verify, gc, rm, link, env, publish, doctor, debug, config, completion),
+    *(status, top, ls, map_, verify, repair, gc, rm, link, env, publish, doctor, debug, config, completion),
 ):
     cli.add_command(command)
 

@@ -72,12 +72,17 @@ def verify(ctx: click.Context, /, refs: tuple[str, ...], repair: bool, as_json: 
 
 
 async def _verify(operations: Operations, refs: list[Ref], progress: Progress, *, repair: bool) -> Document:
+    job = await operations.start_verify([str(ref) for ref in refs], repair=repair)
+    return await follow(operations, job, progress, "verification")
+
+
+async def follow(operations: Operations, job: Document, progress: Progress, what: str) -> Document:
+    """Wait for a job that hashes refs, and show how far it is; its result. Who stops waiting stops the job."""
     import trio
 
     from weightfs.control.documents import error_from_json
     from weightfs.logs import redact_url
 
-    job = await operations.start_verify([str(ref) for ref in refs], repair=repair)
     try:
         while job["state"] == "running":
             job = await operations.job(job["job"], wait=POLL)
@@ -92,7 +97,7 @@ async def _verify(operations: Operations, refs: list[Ref], progress: Progress, *
     if job["state"] == "failed":
         raise error_from_json(job["error"])
     if job["state"] == "cancelled":
-        raise DaemonError("somebody cancelled the verification; run the command again")
+        raise DaemonError(f"somebody cancelled the {what}; run the command again")
     result: Document = job["result"]
     return result
 
@@ -101,7 +106,10 @@ def verdict(reports: Sequence[Document], *, repair: bool) -> str:
     """One sentence about the refs that are not as they should be, with the way out."""
     wrong = [report["ref"] for report in reports if report["quarantined"]]
     if wrong:
-        return f"{', '.join(wrong)}: not what was promised; remove it with `weightfs rm`, and pull it from elsewhere"
+        return (
+            f"{', '.join(wrong)}: not what was promised; `weightfs repair` fetches it again, from another mirror if "
+            "there is one"
+        )
     damaged = [report["ref"] for report in reports if not report["ok"]]
     way_out = "remove it and pull it again" if repair else "run verify with --repair"
     return f"what is cached of {', '.join(damaged)} is not what was recorded; {way_out}"

@@ -226,6 +226,21 @@ def long_lines(refs: Sequence[Document]) -> list[str]:
     return result
 
 
+def _warning_lines(document: Document) -> list[str]:
+    counts = (
+        (document["mismatched_chunks"], "chunks did not match their list and were fetched elsewhere"),
+        (document["disk_faults"], "chunks that the disk did not keep"),
+    )
+    lines = [f"warning: {count} {text}" for count, text in counts if count]
+    if document["disk"] != "healthy":
+        lines.append(f"disk: {document['disk']}")
+    if document["paused"]:
+        lines.append("paused: nothing is fetched that nobody waits for; `weightfs resume --all` ends that")
+    if document["trouble"]:
+        lines.append(f"trouble: {document['trouble']}")
+    return lines
+
+
 def status_lines(document: Document) -> list[str]:
     """The status for people."""
     from weightfs.units import format_duration, format_size
@@ -241,18 +256,7 @@ def status_lines(document: Document) -> list[str]:
     lines += _limit_lines(document)
     if document["fetched_bytes"]:
         lines.append(f"fetched {format_size(document['fetched_bytes'])} since the start")
-    for count, text in (
-        (document["mismatched_chunks"], "chunks did not match their list and were fetched elsewhere"),
-        (document["disk_faults"], "chunks that the disk did not keep"),
-    ):
-        if count:
-            lines.append(f"warning: {count} {text}")
-    if document["disk"] != "healthy":
-        lines.append(f"disk: {document['disk']}")
-    if document["paused"]:
-        lines.append("paused: nothing is fetched that nobody waits for; `weightfs resume --all` ends that")
-    if document["trouble"]:
-        lines.append(f"trouble: {document['trouble']}")
+    lines += _warning_lines(document)
     lines.append("")
     rows = [
         (ref["trust"], format_size(ref["size_bytes"]), _share(ref), _name(ref)) for ref in document["refs"]
@@ -290,13 +294,22 @@ def _file_lines(file: Document) -> list[str]:
         lines.append(f"{file['path']}: {file['waiting_readers']} readers wait")
     if file["error"]:
         lines.append(f"{file['path']}: {file['error']}")
+    if any(file["wrong"].values()):
+        lines.append(f"{file['path']}: wrong chunks: {_by_cause(file['wrong'])}")
     for mirror in file["mirrors"]:
         if mirror["faults"] or mirror["mismatches"]:
             rate = f", {format_size(mirror['rate'])}/s" if mirror["rate"] else ""
             lines.append(
                 f"{mirror['url']}: {mirror['faults']} faults, {mirror['mismatches']} wrong chunks{rate}"
             )
+        if any(mirror["wrong"].values()):
+            lines.append(f"{mirror['url']}: wrong chunks: {_by_cause(mirror['wrong'])}")
     return lines
+
+
+def _by_cause(wrong: Document) -> str:
+    """Whose fault they were."""
+    return ", ".join(f"{count} by the {cause}" for cause, count in wrong.items() if count)
 
 
 def _name(ref: Document) -> str:

@@ -106,6 +106,10 @@ class ControlClient:
             self._http, self._cache, "POST", "/v1/verify", {"refs": list(refs), "repair": repair}
         )
 
+    async def start_repair(self, refs: Sequence[str]) -> Document:
+        """Begin to repair."""
+        return await _ask(self._http, self._cache, "POST", "/v1/repair", {"refs": list(refs)})
+
     async def headers(self, ref: str, *, wait: float) -> Document:
         """Wait for them."""
         query = urlencode({"ref": ref, "wait": f"{wait:g}"})

@@ -204,6 +204,25 @@ class EngineOperations:
 
         return self._jobs.start("verify", names, work, lambda: dict(checked)).document()
 
+    async def start_repair(self, refs: Sequence[str]) -> Document:
+        """Fetch again what is wrong."""
+        names = tuple(self._stored(_canonical(ref)).manifest.ref for ref in refs)
+        checked: dict[str, Any] = {}
+
+        def note(progress: object) -> None:
+            checked.update(to_json(progress))
+
+        async def work() -> Document:
+            reports: list[Document] = []
+            for name in names or tuple(stored.manifest.ref for stored in self._engine.refs()):
+                report = await self._engine.repair(name, on_progress=note)
+                document = to_json(report)
+                verified = document.pop("verified")
+                reports.append({"ref": name, "ok": report.ok, **verified, **document})
+            return {"ok": all(report["ok"] for report in reports), "reports": reports}
+
+        return self._jobs.start("repair", names, work, lambda: dict(checked)).document()
+
     async def headers(self, ref: str, *, wait: float) -> Document:
         """Wait for them."""
         name = self._stored(_canonical(ref)).manifest.ref

@@ -177,6 +177,10 @@ class EngineLike(Protocol):
         """Re-hash what is cached."""
         ...
 
+    async def repair(self, ref_text: str, /, *, on_progress: Callable[[Any], None]) -> VerifyReportLike:
+        """Fetch again what is bad or quarantined."""
+        ...
+
     def status(self) -> object:
         """A tree of frozen dataclasses."""
         ...
@@ -267,6 +271,10 @@ class Operations(Protocol):
 
     async def start_verify(self, refs: Sequence[str], *, repair: bool) -> Document:
         """Begin to re-hash what is cached of `refs` (of all, if empty); the job's document."""
+        ...
+
+    async def start_repair(self, refs: Sequence[str]) -> Document:
+        """Begin to fetch again what is bad or quarantined of `refs` (of all, if empty); the job's document."""
         ...
 
     async def headers(self, ref: str, *, wait: float) -> Document:

@@ -122,6 +122,7 @@ def make_app(operations: Operations, scraper: Scraper | None = None) -> Starlett
             ("POST", "/v1/reload", _reload),
             ("POST", "/v1/fill", _fill),
             ("POST", "/v1/verify", _verify),
+            ("POST", "/v1/repair", _repair),
             ("GET", "/v1/headers", _headers),
             ("GET", "/v1/details", _details),
             ("GET", "/v1/map", _map),
@@ -218,6 +219,10 @@ async def _fill(operations: Operations, request: Request) -> Document:
 async def _verify(operations: Operations, request: Request) -> Document:
     body = await _body(request)
     return await operations.start_verify(_texts(body, "refs"), repair=_flag(body, "repair"))
+
+
+async def _repair(operations: Operations, request: Request) -> Document:
+    return await operations.start_repair(_texts(await _body(request), "refs"))
 
 
 async def _headers(operations: Operations, request: Request) -> Document:

@@ -7,7 +7,7 @@ order.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from weightfs.core.chunkset import ChunkSet
@@ -144,6 +144,14 @@ class Undone:
 
 
 @dataclass(frozen=True, slots=True)
+class Refuted:
+    """The whole is wrong: of each of these chunks the mirror, by number, that gave it. Others are asked from now on."""
+
+    blob: BlobId
+    sources: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Mismatched:
     """The chunk's digest was not the trusted one; nothing was written; the job goes on with the next chunk."""
 
@@ -227,7 +235,7 @@ class Tick:
 
 
 JobEvent = Landed | Mismatched | Trimmed | Done | Failed
-BlobEvent = Remirrored | Need | Want | Fill | Pause | Durable | Undone | Dropped | Punched
+BlobEvent = Remirrored | Need | Want | Fill | Pause | Durable | Undone | Refuted | Dropped | Punched
 Event = JobEvent | BlobEvent | Added | Removed | Withdrawn | Tick | Capacity | NoRoom | Background
 
 # ---- commands

@@ -14,6 +14,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from weightfs.core import plan
@@ -45,6 +46,11 @@ class Faults:
         counts[job.mirror] = (count, now + self._growing(count - 1))
         if len(self.avoid(blob, chunk, now)) >= len(blob.mirrors):
             self._hold(blob, chunk, failure, now)
+
+    def refuted(self, blob: BlobPlan, sources: Mapping[int, int], now: float) -> None:
+        """Ask others for these chunks: the whole is wrong, and each came from this mirror."""
+        for chunk, mirror in sources.items():
+            blob.mismatches.setdefault(chunk, {})[mirror] = (1, now + self._limits.hold_cap)
 
     def failed(self, job: Job, failure: Failure, jitter: float, now: float) -> None:
         """A job of a living blob ended badly; it is out of the ledger already."""

@@ -32,6 +32,7 @@ from weightfs.core.planword import ChunkWord, chunk_words
 from weightfs.errors import FailureKind
 
 MAX_WANTS = 16  # read-ahead windows remembered per blob: twice the streams that `readahead` tracks
+_ChunkEvent = plan.Durable | plan.Undone | plan.Refuted | plan.Dropped | plan.Punched
 _REMOVED = Failure(FailureKind.CANCELLED, "the model was removed")
 
 
@@ -244,14 +245,22 @@ class Planner:
                 self._scheduler.set_fill(blob, on)
             case plan.Pause(_, on):
                 self._scheduler.set_paused(blob, on)
-            case plan.Durable() | plan.Undone():
-                self._settled(blob, event, now)
+            case plan.Remirrored(_, mirrors):
+                self._remirrored(blob, mirrors)
+            case _:
+                self._chunk_event(blob, event, now)
+
+    def _chunk_event(self, blob: BlobPlan, event: _ChunkEvent, now: float) -> None:
+        """What has become of chunks that had landed."""
+        match event:
+            case plan.Refuted(_, sources):
+                self._faults.refuted(blob, sources, now)
             case plan.Dropped(_, chunks):
                 self._ledger.drop(blob, chunks)
             case plan.Punched(_, chunks, freed):
                 self._ledger.punch(blob, chunks, freed=freed)
             case _:
-                self._remirrored(blob, event.mirrors)
+                self._settled(blob, event, now)
 
     def _settled(self, blob: BlobPlan, event: plan.Durable | plan.Undone, now: float) -> None:
         blob.undurable = max(0, blob.undurable - event.nbytes)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import trio
 
+from weightfs.core.attribution import Attribution
 from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import BlobShape, ChunkSpan
 from weightfs.core.manifest import Blob, BlobId, Mirror, Policy, Trust
@@ -69,6 +70,9 @@ class BlobState:
     )
     no_room: NoSpaceError | None = None  # why it is not completed: the cache is full
     let_go: int = 0  # the byte up to which the pages behind a sequential reader were let go
+    faults: Attribution = field(
+        default_factory=Attribution
+    )  # whose bytes were wrong, since this process began
     changed: trio.Event = field(
         default_factory=trio.Event
     )  # set and replaced at each change of trust or completeness
@@ -139,4 +143,5 @@ class BlobState:
             sources=tuple(without_secrets(mirror.url) for mirror in self.mirrors),
             ref=self.ref,
             mtime=self.mtime,
+            faults=str(self.faults.counts) if self.faults.counts else "",
         )

@@ -157,6 +157,8 @@ class Catalog:
             # By less than a chunk, it is the filesystem's own way to count.
             stale=occupied >= present_bytes + kept.shape.chunk_length,
         )
+        if trust is Trust.QUARANTINED:
+            state.faults.refuted()
         self._states[blob.id] = state
         return state
 

@@ -1,7 +1,8 @@
 """The engine: what the mount, the control socket and the command line see of weightfs.
 
 Rules: one trio run. Everything but the `async` methods answers from memory; of the `async` ones, only `add`, `update`,
-`browse`, `complete`, `verify`, and, of many files, `details` and `tensor_map` may wait for longer than `read_timeout`.
+`browse`, `complete`, `verify`, `repair`, and, of many files, `details` and `tensor_map` may wait for longer than
+`read_timeout`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from weightfs.engine.measures import Measures, measure
 from weightfs.engine.origins import Origins
 from weightfs.engine.pacing import pacer_of
 from weightfs.engine.reader import Reader
+from weightfs.engine.repair import Repair
 from weightfs.engine.report import describe_jobs, describe_refs
 from weightfs.engine.room import Room
 from weightfs.engine.seal import Sealer
@@ -51,6 +53,7 @@ from weightfs.engine.status import (
     GcReport,
     Outcome,
     RefUpdate,
+    RepairReport,
     VerifyProgress,
     VerifyReport,
 )
@@ -120,9 +123,9 @@ class Engine:
             self._holdings,
             self._uncached,
             lambda: self._watch.bypassed,
-            settings,
-            nursery,
-            self._tally,
+            settings=settings,
+            nursery=nursery,
+            tally=self._tally,
         )
         self._headers = Headers(self._catalog, self._reader, nursery)
         self._details = Details(self._headers)
@@ -135,6 +138,10 @@ class Engine:
             self._sealer,
             self._keeper,
             self._watch,
+        )
+
+        self._repair = Repair(
+            cache, self._catalog, self._fetcher, self._holdings, self._committer, self._upkeep
         )
 
     # ---- life
@@ -407,6 +414,12 @@ class Engine:
     ) -> VerifyReport:
         """Compare what is cached with the records. KeyError, CacheError; ReadError if a repair fails."""
         return await self._upkeep.verify(ref_text, repair=repair, on_progress=on_progress)
+
+    async def repair(
+        self, ref_text: str, *, on_progress: Callable[[VerifyProgress], None] = lambda _: None
+    ) -> RepairReport:
+        """Fetch again what is bad on the disk or quarantined. KeyError, CacheError, ReadError."""
+        return await self._repair.repair(ref_text, on_progress)
 
     async def gc(self, *, dry_run: bool = False) -> GcReport:
         """Evict what is too old or beyond the limits; or only say what that is."""

@@ -66,7 +66,7 @@ def on_disk(state: BlobState) -> Place:
 
 
 class Fetcher:
-    """`landed(state, chunk, digest)` is called for each chunk that became visible, in the trio thread.
+    """`landed(state, chunk, digest, mirror)` is called for each chunk that became visible, in the trio thread.
 
     `mend(state, life)` says whether the file that counted in `life` was lost; then there is a new one. CacheError.
     `place(state)`: where its chunks are written.
@@ -76,7 +76,7 @@ class Fetcher:
         self,
         planner: Planner,
         pool: WorkerPool,
-        landed: Callable[[BlobState, int, bytes], None],
+        landed: Callable[[BlobState, int, bytes, int], None],
         mend: Callable[[BlobState, int], Awaitable[bool]],
         nursery: trio.Nursery,
         pacer: Pacer,
@@ -253,7 +253,7 @@ class Fetcher:
         if running.life != self._place(state).life:
             return  # into a file that was lost; it is free again when the job has ended
         if self._blobs.get(state.id) is state:  # first the record, then the readers
-            self._landed(state, chunk, digest)
+            self._landed(state, chunk, digest, running.fetch.mirror)
         self.feed(plan.Landed(job, chunk))
 
     def _mismatched(self, job: int, chunk: int, actual: str) -> None:
@@ -264,9 +264,11 @@ class Fetcher:
         self.mismatches += 1
         running.host.mismatches += 1
         mirror = without_secrets(state.mirrors[fetch.mirror].url)
+        cause = state.faults.mismatched(fetch.mirror, chunk, bytes.fromhex(actual))
         log.warning(
-            "chunk %d of %s from mirror %s has SHA-256 %s where the chunk list says %s; discarded, asking elsewhere",
-            chunk, state.ref, mirror, actual, state.expected(chunk).hex(),
+            "chunk %d of %s from mirror %s has SHA-256 %s where the chunk list says %s; discarded, asking elsewhere "
+            "(fault of the %s)",
+            chunk, state.ref, mirror, actual, state.expected(chunk).hex(), cause,
             extra=about(
                 ref=state.ref, blob=state.id, chunk=chunk, mirror=mirror, failure=FailureKind.MISMATCH
             ),

@@ -153,6 +153,7 @@ class Holdings:
         self._new_life(state)
         gone = list(state.present)
         self.disk_faults += len(gone)
+        state.faults.lost(len(gone))
         await self._drop(_Owed(state, gone, _Way.LOST))
 
     async def fill(self, state: BlobState) -> None:
@@ -161,13 +162,13 @@ class Holdings:
         if await self.prepare(state) and not state.complete:
             self._fetcher.fill(state)
 
-    def landed(self, state: BlobState, chunk: int, digest: bytes) -> None:
-        """The chunk is written; the planner hears of it next, and wakes its readers."""
+    def landed(self, state: BlobState, chunk: int, digest: bytes, mirror: int) -> None:
+        """The chunk is written, as this mirror gave it; the planner hears of it next, and wakes its readers."""
         nbytes = len(state.shape.span_of(chunk))
         state.present_bytes += nbytes
         state.touch(ChunkSpan(chunk, chunk + 1))
         kind = ChunkState.LISTED if state.blob.chunk_list is not None else ChunkState.LANDED
-        self._committer.landed(Landing(state.id, chunk, digest, kind, 0), nbytes, state.life)
+        self._committer.landed(Landing(state.id, chunk, digest, kind, min(mirror, 255)), nbytes, state.life)
         if state.present_bytes == state.shape.size:
             self._committer.hasten()
 
@@ -197,6 +198,7 @@ class Holdings:
     async def drop_bad(self, state: BlobState, chunks: list[int]) -> None:
         """Drop what the disk did not keep."""
         self.disk_faults += len(chunks)
+        state.faults.lost(len(chunks))
         await self.drop(state, chunks)
 
     async def drop(self, state: BlobState, chunks: Iterable[int]) -> None:

@@ -55,6 +55,7 @@ class Reader:
         holdings: Holdings,
         uncached: Uncached,
         bypassed: Callable[[], bool],
+        *,
         settings: EngineSettings,
         nursery: trio.Nursery,
         tally: Tally,
@@ -324,8 +325,8 @@ class Reader:
             self._holdings.cleared(state, [chunk])
         else:
             log.warning(
-                "chunk %d of %s did not survive the last stop; fetching it again", chunk, state.ref,
-                extra=about(ref=state.ref, blob=state.id, chunk=chunk),
+                "chunk %d of %s did not survive the last stop; fetching it again (fault of the disk)",
+                chunk, state.ref, extra=about(ref=state.ref, blob=state.id, chunk=chunk),
             )  # fmt: skip
             await self._holdings.drop_bad(state, [chunk])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from weightfs.core.attribution import FaultCounts
 from weightfs.core.planner import Planner
 from weightfs.core.ref import without_secrets
 from weightfs.engine.blobs import BlobState
@@ -22,6 +23,13 @@ def describe_refs(catalog: Catalog, planner: Planner, now: float) -> tuple[RefSt
             files=tuple(
                 _describe(f"models/{path}", state, planner, now)
                 for path, state in catalog.files(stored.manifest.ref)
+            ),
+            wrong=sum(
+                (
+                    state.faults.counts
+                    for state in {state.id: state for _, state in catalog.files(stored.manifest.ref)}.values()
+                ),
+                FaultCounts(),
             ),
         )
         for stored in catalog.refs()
@@ -59,9 +67,11 @@ def _describe(path: str, state: BlobState, planner: Planner, now: float) -> File
                 score.nbytes,
                 score.rate,
                 max(0.0, score.benched_until - now),
+                state.faults.of_mirror(number),
             )
-            for score in planner.scores(state.id)
+            for number, score in enumerate(planner.scores(state.id))
         ),
+        wrong=state.faults.counts,
     )
 
 

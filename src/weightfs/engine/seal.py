@@ -143,7 +143,8 @@ class Sealer:
             self._committer.progressed(state.id, state.run)
         if answer.bad:
             log.warning(
-                "chunk %d of %s: the disk returned other bytes than were received; fetching it again",
+                "chunk %d of %s: the disk returned other bytes than were received; fetching it again "
+                "(fault of the disk)",
                 answer.bad[0],
                 state.ref,
                 extra=about(ref=state.ref, blob=state.id, chunk=answer.bad[0]),
@@ -170,9 +171,11 @@ class Sealer:
             return
         else:
             state.trust = Trust.QUARANTINED
+            state.faults.refuted()
             log.error(
                 "%s is quarantined: its %s is %s where %s was promised, although every chunk is as it was "
-                "received: the origin gave wrong bytes. Remove it with `weightfs rm` and take it from another mirror",
+                "received: the origin gave wrong bytes (fault of the origin). `weightfs repair` fetches it again, from "
+                "another mirror if there is one",
                 state.ref, kind, answer.total, expected,
                 extra=about(ref=state.ref, blob=state.id, failure=FailureKind.MISMATCH),
             )  # fmt: skip

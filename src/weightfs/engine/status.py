@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from weightfs.core.attribution import FaultCounts
 from weightfs.core.manifest import BlobId
 
 
@@ -22,6 +23,7 @@ class BlobStatus:
     sources: tuple[str, ...]  # URLs without secrets
     ref: str
     mtime: int  # seconds since 1970
+    faults: str  # as text, "wire=1 disk=0 origin=0", or "" if there were none
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class MirrorStatus:
     nbytes: int
     rate: float | None
     benched_for: float  # seconds
+    wrong: FaultCounts  # of its chunks, by cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class FileStatus:
     filling: bool
     error: str  # why it is not tried at the moment, or ""
     mirrors: tuple[MirrorStatus, ...]
+    wrong: FaultCounts  # chunks that were wrong since this process started, by cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,7 @@ class RefStatus:
     paused: bool  # nothing of it is fetched in the background
     fill: str  # the mode that was set for this ref, or ""
     files: tuple[FileStatus, ...]
+    wrong: FaultCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,3 +191,27 @@ class VerifyReport:
     def ok(self) -> bool:
         """Nothing wrong, or all of it repaired."""
         return len(self.bad) == self.repaired and not self.quarantined
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """A chunk of a quarantined file that one mirror gave wrong, and another gave right."""
+
+    path: str
+    chunk: int
+    wrong_from: str
+    right_from: str
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What `repair` found and did. `wrong`: by path, whose faults there were since this process started."""
+
+    verified: VerifyReport
+    mended: tuple[Mended, ...]
+    wrong: dict[str, FaultCounts]
+
+    @property
+    def ok(self) -> bool:
+        """All is right now."""
+        return self.verified.ok

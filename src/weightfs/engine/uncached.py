@@ -151,7 +151,7 @@ class Uncached:
     def _place(self, state: BlobState) -> Place:
         return Place("", None, 0, self._memory.base(state.id, state.shape))
 
-    def _landed(self, state: BlobState, chunk: int, digest: bytes) -> None:  # noqa: ARG002 - nothing is recorded
+    def _landed(self, state: BlobState, chunk: int, _digest: bytes, _mirror: int) -> None:
         self._touch((state.id, chunk))
         self._poked.set()  # there may be somebody who can go now
 

@@ -74,7 +74,7 @@ class Upkeep:
 
         async def work() -> None:
             for path, state in left:
-                await self._complete(path, state)
+                await self.complete_file(path, state)
 
         try:
             async with one_cause(CacheError, IntegrityError, WeightfsError), trio.open_nursery() as nursery:
@@ -85,7 +85,8 @@ class Upkeep:
                 state.completing -= 1
                 self._keeper.weigh(state)
 
-    async def _complete(self, path: str, state: BlobState) -> None:
+    async def complete_file(self, path: str, state: BlobState) -> None:
+        """One file, as `complete`; that it is being completed is counted by the caller."""
         while not state.sealed or len(state.suspect):
             await self._seal(path, state)
             # What was recorded before an unclean stop is hashed once more: the whole was proven, the disk was not.
@@ -113,7 +114,7 @@ class Upkeep:
             if state.trust is Trust.QUARANTINED:
                 raise IntegrityError(
                     f"{path} of {state.ref} is quarantined: its digest is not the promised one, although every chunk "
-                    "is as it was received; remove it with `weightfs rm` and take it from another mirror"
+                    "is as it was received; `weightfs repair` fetches it again, from another mirror if there is one"
                 )
             if failure := self._planner.stuck(state.id):
                 raise _cannot_complete(path, state, failure)

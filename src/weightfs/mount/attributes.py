@@ -73,7 +73,7 @@ class Attributes:
 
 
 def extended(node: Node, status: Status | None) -> dict[str, str]:
-    """`user.weightfs.{state,digest,cached,source}` of what has a blob; those whose value is known and not empty.
+    """`user.weightfs.{state,digest,cached,source,faults}` of what has a blob; those whose value is known and not empty.
 
     The digest is the blob's, so a slice has none.
     """
@@ -85,6 +85,7 @@ def extended(node: Node, status: Status | None) -> dict[str, str]:
         "digest": node.blob.digest if isinstance(node, FileNode) else "",
         "cached": "" if cached is None else str(cached),
         "source": "\n".join(status.sources),
+        "faults": status.faults,
     }
     return {XATTR_PREFIX + name: value for name, value in values.items() if value}
 

@@ -438,7 +438,7 @@ class WeightOperations(pyfuse3.Operations):
 
     @_guarded
     async def getxattr(self, inode: InodeT, name: bytes, _ctx: pyfuse3.RequestContext) -> bytes:
-        """`user.weightfs.{state,digest,cached,source}` of what has a blob."""
+        """`user.weightfs.{state,digest,cached,source,faults}` of what has a blob."""
         node = self._node(inode)
         value = extended(node, self._status(node)).get(_text(name))
         if value is None:

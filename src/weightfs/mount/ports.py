@@ -29,6 +29,8 @@ class Status(Protocol):
     @property
     def sources(self) -> Sequence[str]: ...  # noqa: D102 - URLs without secrets
     @property
+    def faults(self) -> str: ...  # noqa: D102 - whose bytes were wrong, or empty
+    @property
     def mtime(self) -> int: ...  # noqa: D102 - seconds since 1970
 
 

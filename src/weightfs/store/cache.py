@@ -28,7 +28,7 @@ from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Blob, BlobId, Manifest, Trust
 from weightfs.errors import CacheError, DiskFault, WeightfsError
-from weightfs.store import evicting, ledger, lockfile, opening, refs
+from weightfs.store import backup, evicting, ledger, lockfile, opening, refs
 from weightfs.store.evicting import Use
 from weightfs.store.index import Index, Txn
 from weightfs.store.ledger import Landing
@@ -82,6 +82,7 @@ class Cache:
         # Chunks whose bytes a failed sync may have lost: not to be recorded until they were dropped and came again.
         self._lost: dict[BlobId, ChunkSet] = {}
         self._closed = False
+        self._copier = backup.Copier(root, index)
 
     @classmethod
     def open(cls, root: Path, *, create: bool = True, now: int) -> Cache:  # noqa: ARG003 - part of the interface
@@ -90,7 +91,7 @@ class Cache:
         Raises:
             CacheBusyError: another process owns it.
             CacheFormatError: a newer weightfs made it.
-            CacheCorruptError: the index cannot be read; the message says how to set it aside.
+            CacheCorruptError: the index cannot be read, nor a new one be made.
             CacheError: anything else that is wrong with the directory.
         """
         root = root.absolute()
@@ -98,9 +99,8 @@ class Cache:
         lock = lockfile.acquire(root / "lock")
         try:
             files = SparseFiles(root / "blobs")
-            index = Index.open(root / "index")
+            index, state, was_clean = opening.open_index(root, files)
             try:
-                state, was_clean = index.write(lambda txn: opening.begin(txn, files, root))
                 cache = cls(root, lock, index, files, state)
                 cache.was_clean = was_clean
                 cache._delete_doomed()
@@ -124,6 +124,7 @@ class Cache:
                 return
             self._closed = True
             try:
+                self._copier.copy()  # before the clean flag: whoever goes on from a copy has to hash everything
                 self._index.write(lambda txn: opening.end(txn, self._files, self._state))
                 self._index.close()
             except CacheError as error:
@@ -161,19 +162,26 @@ class Cache:
         """
         with self._changes, self._preparing:  # no file is prepared for a shape that is about to change
             fixed = self._prepared.union(in_use)
-            return self._index.write(lambda txn: refs.put(txn, manifest, in_use=fixed, now=now))
+            notes = self._index.write(lambda txn: refs.put(txn, manifest, in_use=fixed, now=now))
+            self._copier.changed()
+            return notes
 
     def mark_ref(
         self, ref: str, *, pinned: bool | None = None, paused: bool | None = None, fill: str | None = None
     ) -> bool:
         """Note what people want of a ref; None leaves a mark as it is. Whether the ref is known."""
         with self._changes:
-            return self._index.write(lambda txn: refs.mark(txn, ref, pinned=pinned, paused=paused, fill=fill))
+            known = self._index.write(
+                lambda txn: refs.mark(txn, ref, pinned=pinned, paused=paused, fill=fill)
+            )
+            self._copier.changed()
+            return known
 
     def pause(self, *, paused: bool) -> None:
         """Note that nothing at all is to be fetched in the background, or that this is over."""
         with self._changes:
             self._index.write(lambda txn: refs.pause_all(txn, paused))
+            self._copier.changed()
 
     def paused(self) -> bool:
         """What `pause` noted."""
@@ -183,7 +191,9 @@ class Cache:
     def remove_ref(self, ref: str) -> list[BlobId]:
         """Forget a ref (nothing happens if it is unknown). Returns its blobs that no other ref names."""
         with self._changes:
-            return self._index.write(lambda txn: refs.remove(txn, ref))
+            orphans = self._index.write(lambda txn: refs.remove(txn, ref))
+            self._copier.changed()
+            return orphans
 
     def orphans(self) -> list[BlobId]:
         """Blobs that no ref names: left by a removed ref, or by one that moved to another revision."""
@@ -235,6 +245,13 @@ class Cache:
             shape = self._record(txn, id).blob.shape
             span = chunks.intersect(shape.chunks)
             return {chunk: record.digest for chunk, record in ledger.chunk_records(txn, id, shape, span)}
+
+    def sources(self, id: BlobId, chunks: ChunkSpan) -> dict[int, int]:  # noqa: A002
+        """The numbers of the mirrors that gave these chunks; 255 stands for all from there on."""
+        with self._index.read() as txn:
+            shape = self._record(txn, id).blob.shape
+            span = chunks.intersect(shape.chunks)
+            return {chunk: record.source for chunk, record in ledger.chunk_records(txn, id, shape, span)}
 
     def required_digests(self, id: BlobId, chunks: ChunkSpan) -> dict[int, bytes]:  # noqa: A002
         """What a fetched chunk must hash to, where that is known: from a trusted list, or proven once.

@@ -31,7 +31,10 @@ Rules that hold here:
 from __future__ import annotations
 
 import errno
+import hashlib
+import logging
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,13 +49,17 @@ from weightfs.store import probe
 from weightfs.store.records import RecordError, seal, unseal
 from weightfs.store.sparse import disk_errors, reserve, translate
 
+log = logging.getLogger(__name__)
+
 TABLES = ("meta", "ref", "raw", "blob", "list", "chunk", "bits", "run", "use", "file", "doomed")
+_NEEDED = ("ref", "raw", "blob", "list")  # of sealed values; what the others say can be found out again
 _MAP_SIZE = 1 << 28  # address space, not memory: 2 million chunk records before it must grow
 _MAX_MAP_SIZE = 1 << 42
 # Kept allocated past the end of data.mdb: on a full disk, dropping chunks still needs new pages (copy on write).
 _HEADROOM = 8 << 20
 _READ_BYTES = 1 << 20
-_CLOSED = "closed"  # beside data.mdb: how it looked when we closed it
+_CLOSED = "closed"  # beside data.mdb: its SHA-256 when we closed it
+_DAMAGED = "damaged"  # beside it: what was found wrong while it was in use
 
 T = TypeVar("T")
 
@@ -122,8 +129,10 @@ class Index:
         seal_file = directory / _CLOSED
         with disk_errors(f"look at {data}"):
             _check_ours(data)
-            known = _fingerprint(data)
-            closed = seal_file.read_text() if seal_file.is_file() else ""
+            known = _digest(data)
+            closed = seal_file.read_bytes() if seal_file.is_file() else b""
+            if (directory / _DAMAGED).is_file():
+                raise corrupt(directory, (directory / _DAMAGED).read_text(errors="replace")[:200])
         if known and closed != known and (wrong := probe.walk(directory)) is not None:
             raise corrupt(directory, wrong)
         with disk_errors(f"write to {directory}"):
@@ -173,7 +182,7 @@ class Index:
         return result
 
     def close(self) -> None:
-        """Close it, and note how the file looks, so that the next start need not walk it."""
+        """Close it, and note what the file is, so that the next start need not walk it."""
         with self._writer, self._gate.exclusive():
             if self._closed:
                 return
@@ -187,7 +196,7 @@ class Index:
                 0o600,
             )
             try:
-                os.write(descriptor, _fingerprint(data).encode())
+                os.write(descriptor, _digest(data))
             finally:
                 os.close(descriptor)
 
@@ -223,6 +232,21 @@ class Index:
                 os.close(descriptor)
             self._env, self._tables = _open(self.directory, self._map_size)
         self._doubted = False
+
+    def copy_to(self, descriptor: int) -> None:
+        """Write a copy of the index as it is now, without free pages, to an open file.
+
+        CacheCorruptError if a value that cannot be done without is damaged, also if that was found earlier. CacheError.
+        """
+        with self._gate.shared(), _lmdb_errors(self.directory):
+            self._check_open()
+            if (self.directory / _DAMAGED).exists():
+                raise RecordError("damage was found while it was in use")
+            with self._env.begin() as txn:
+                for table in _NEEDED:
+                    for key, value in txn.cursor(db=self._tables[table]):
+                        unseal(table, key, value)
+            self._env.copyfd(descriptor, compact=True)
 
     def verify(self) -> list[str]:
         """What a walk over every byte of the file finds wrong. Writers wait meanwhile."""
@@ -317,9 +341,18 @@ class _MapIsFullError(Exception):
 def corrupt(directory: Path, what: str) -> CacheCorruptError:
     """The error for an index that cannot be read, with the way out."""
     return CacheCorruptError(
-        f"the index {directory} is damaged ({what}): stop weightfs and move that directory aside; "
-        "weightfs then starts with an empty index, and no data file is deleted"
+        f"the index {directory} is damaged ({what}): the next start of weightfs sets it aside, and goes on from its "
+        "copy, or from an empty index; no data file is deleted"
     )
+
+
+def _found_damaged(directory: Path, what: str) -> CacheCorruptError:
+    """The same for an index in use; the next start is told."""
+    try:
+        (directory / _DAMAGED).write_text(what)
+    except OSError as error:
+        log.warning("the next start is not told that the index %s is damaged: %s", directory, error)
+    return corrupt(directory, what)
 
 
 @contextmanager
@@ -329,14 +362,17 @@ def _lmdb_errors(directory: Path) -> Iterator[None]:
     except lmdb.MapFullError as error:
         raise _MapIsFullError from error
     except RecordError as error:
-        raise corrupt(directory, str(error)) from error
+        raise _found_damaged(directory, str(error)) from error
     except (
         lmdb.CorruptedError,
+        # No transaction is used after its end, no table closed: these two come of damaged pages.
+        lmdb.BadTxnError,
+        lmdb.BadDbiError,
         lmdb.PageNotFoundError,
         lmdb.VersionMismatchError,
         lmdb.InvalidError,
     ) as error:
-        raise corrupt(directory, str(error)) from error
+        raise _found_damaged(directory, str(error)) from error
     except lmdb.PanicError as error:
         raise DiskFault(
             f"the index {directory} failed to reach the disk before: look at the disk (dmesg) ({error})"
@@ -366,20 +402,26 @@ def _is_full(directory: Path) -> bool:
 
 
 def _check_ours(data: Path) -> None:
-    """Refuse a data.mdb that is a link: LMDB would follow it."""
+    """Refuse a data.mdb that is a link: LMDB would follow it. CacheError, CacheCorruptError."""
     for path in (data, data.with_name("lock.mdb")):
         try:
             found = path.lstat()
         except FileNotFoundError:
             continue
-        if path.is_symlink() or found.st_nlink > 1:
+        if stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink > 1):
             raise CacheError(f"{path} is a link, which weightfs does not follow: remove it")
+        if not stat.S_ISREG(found.st_mode):
+            raise corrupt(data.parent, f"{path.name} is not a regular file")
 
 
-def _fingerprint(data: Path) -> str:
-    """Size, inode and times; empty if there is no file."""
+def _digest(data: Path) -> bytes:
+    """The SHA-256 of the file in hex; empty if there is no file, or an empty one."""
     try:
-        found = data.stat()
+        with data.open("rb") as file:
+            return (
+                hashlib.file_digest(file, "sha256").hexdigest().encode()
+                if os.fstat(file.fileno()).st_size
+                else b""
+            )
     except FileNotFoundError:
-        return ""
-    return f"{found.st_size} {found.st_ino} {found.st_mtime_ns} {found.st_ctime_ns}" if found.st_size else ""
+        return b""

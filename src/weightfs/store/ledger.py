@@ -75,7 +75,7 @@ def blob_record(txn: Txn, blob: BlobId) -> BlobRecord | None:
 def blob_records(txn: Txn) -> Iterator[BlobRecord]:
     """Every blob. RecordError."""
     for key in txn.keys("blob"):
-        record = blob_record(txn, _blob_id(key))
+        record = blob_record(txn, blob_id(key))
         if record is not None:
             yield record
 
@@ -317,7 +317,8 @@ def _restate(txn: Txn, blob: Blob, rule: Callable[[ChunkState], ChunkState]) -> 
             )
 
 
-def _blob_id(key: bytes) -> BlobId:
+def blob_id(key: bytes) -> BlobId:
+    """The blob of a key. RecordError."""
     try:
         return BlobId(key)
     except ValueError as error:

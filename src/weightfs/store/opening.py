@@ -2,8 +2,8 @@
 
 Rules that hold here:
 
-- Nothing is deleted but data files whose deletion had begun. A cache of a newer format, or a damaged one, is left
-  as it was found.
+- Nothing is deleted but data files whose deletion had begun. A cache of a newer format is left as it was found; a
+  damaged index is set aside, and its copy takes its place (`backup`).
 - After an unclean stop the epoch is raised and every present chunk is suspect. After a clean one, the chunks of a
   data file that was touched since are.
 - Chunks that a data file is too short for, or whose file is gone, are absent before anybody can ask.
@@ -23,9 +23,9 @@ from pathlib import Path
 
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import BlobId
-from weightfs.errors import CacheError, CacheFormatError
-from weightfs.store import evicting, ledger
-from weightfs.store.index import Txn
+from weightfs.errors import CacheCorruptError, CacheError, CacheFormatError
+from weightfs.store import backup, evicting, ledger
+from weightfs.store.index import Index, Txn
 from weightfs.store.ledger import Bits
 from weightfs.store.records import BlobRecord, FileMark, RecordError, decode_file, encode_file
 from weightfs.store.sparse import SparseFiles, disk_errors
@@ -43,8 +43,13 @@ def _to_2(txn: Txn) -> None:
     The number was raised because a weightfs of format 1 would not see git's digests and call such blobs unverifiable,
     would leave the manifest of an older revision in the table `raw`, and would take a file inside a tar for damage.
     """
+    _whole_all(txn)
+
+
+def _whole_all(txn: Txn) -> None:
+    """Whichever was whole once may be mapped: count all as such, with no word on when they were used."""
     for key in txn.keys("blob"):
-        evicting.put_use(txn, BlobId(key), evicting.Use(whole=True))
+        evicting.put_use(txn, ledger.blob_id(key), evicting.Use(whole=True))
 
 
 # From the format that is the key to the next one. Each is run in the transaction that opens the cache.
@@ -52,7 +57,7 @@ MIGRATIONS: Mapping[int, Callable[[Txn], None]] = {1: _to_2}
 _MAX_EPOCH = (
     0xFFFF  # u16 in the chunk records; then it begins again, and the bitmaps alone say what is suspect
 )
-_OWN_NAMES = frozenset({"lock", "index", "blobs", "control.sock", "lost+found"})
+_OWN_NAMES = frozenset({"lock", "index", "blobs", "control.sock", "lost+found", backup.COPIES, backup.ASIDE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,60 @@ def make_directories(root: Path, *, create: bool) -> None:
                 path.chmod(0o700)
 
 
+def open_index(root: Path, files: SparseFiles) -> tuple[Index, State, bool]:
+    """The index, taken into use: of a damaged or missing one its copy, or an empty one if there is none.
+
+    Its state from now on, and whether the last stop was clean. CacheError, and its kinds.
+    """
+    if backup.is_missing(root) and backup.restore(root):
+        log.error(
+            "the index of the cache %s is missing: its copy takes its place, every chunk is hashed before it is used, "
+            "and what landed after the copy was made is fetched again", root,
+        )  # fmt: skip
+    try:
+        return _begin(root, files)
+    except CacheCorruptError as error:
+        wrong = error
+    for restore in (backup.restore, lambda _: False):
+        aside = backup.set_aside(root)
+        restored = restore(root)
+        if restored:
+            log.error(
+                "%s; it is %s now, its copy takes its place, every chunk is hashed before it is used, and what landed "
+                "after the copy was made is fetched again", wrong, aside,
+            )  # fmt: skip
+        else:
+            log.error(
+                "%s; it is %s now, and weightfs starts with an empty index, since there is no good copy: add the refs "
+                "again that the configuration does not name", wrong, aside,
+            )  # fmt: skip
+        try:
+            return _begin(root, files)
+        except CacheCorruptError as error:
+            if not restored:
+                raise
+            wrong = error
+    raise wrong
+
+
+def _begin(root: Path, files: SparseFiles) -> tuple[Index, State, bool]:
+    index = Index.open(root / "index")
+    try:
+        restored = backup.is_restored(root)
+
+        def job(txn: Txn) -> tuple[State, bool]:
+            if restored:
+                _whole_all(txn)
+            return begin(txn, files, root)
+
+        state, was_clean = index.write(job)
+        backup.settled(root)
+    except BaseException:
+        index.abandon()
+        raise
+    return index, state, was_clean
+
+
 def begin(txn: Txn, files: SparseFiles, root: Path) -> tuple[State, bool]:
     """Take the index into use: returns its state from now on, and whether the last stop was clean."""
     before = _format_and_state(txn, root)
@@ -109,8 +168,8 @@ def begin(txn: Txn, files: SparseFiles, root: Path) -> tuple[State, bool]:
 def end(txn: Txn, files: SparseFiles, state: State) -> None:
     """Write the clean flag, and how every data file looks that is still the one which was read and written."""
     for key in txn.keys("blob"):
-        found = files.status(BlobId(key))
-        if found is not None and files.identity(BlobId(key)) in (None, (found.st_dev, found.st_ino)):
+        found = files.status(ledger.blob_id(key))
+        if found is not None and files.identity(ledger.blob_id(key)) in (None, (found.st_dev, found.st_ino)):
             txn.put_sealed("file", key, encode_file(_mark_of(found)))
     put_state(txn, State(state.epoch, clean=True, instance=state.instance))
 

@@ -70,6 +70,20 @@ class FakeReport:
 
 
 @dataclass(frozen=True, slots=True)
+class FakeRepair:
+    """`engine.status.RepairReport`."""
+
+    verified: FakeReport
+    mended: tuple[object, ...] = ()
+    wrong: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """As the engine's."""
+        return self.verified.ok
+
+
+@dataclass(frozen=True, slots=True)
 class FakeProgress:
     """`engine.status.VerifyProgress`."""
 
@@ -180,6 +194,10 @@ class FakeControlEngine:
         await self.gate.wait()
         self._fail()
         return self.report
+
+    async def repair(self, ref_text: str, *, on_progress: Callable[[Any], None]) -> FakeRepair:
+        """As `verify`."""
+        return FakeRepair(await self.verify(ref_text, repair=True, on_progress=on_progress))
 
     async def gc(self, *, dry_run: bool) -> dict[str, Any]:
         """Nothing to evict."""

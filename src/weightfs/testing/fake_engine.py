@@ -42,6 +42,7 @@ class FakeStatus:
     sources: tuple[str, ...]
     ref: str
     mtime: int
+    faults: str = ""
 
 
 @dataclass(frozen=True, slots=True)

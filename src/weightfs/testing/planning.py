@@ -122,6 +122,10 @@ class PlanDriver:
         self.busy_until = {key: until for key, until in self.busy_until.items() if key[0] != blob}
         self.feed(plan.Remirrored(blob, places))
 
+    def refute(self, blob: BlobId, sources: dict[int, int]) -> None:
+        """The whole is wrong, of which these mirrors gave these chunks."""
+        self.feed(plan.Refuted(blob, sources))
+
     def need(self, blob: BlobId, start: int, stop: int) -> int:
         """A reader; its number."""
         number, self._next_waiter = self._next_waiter, self._next_waiter + 1
