@@ -56,7 +56,7 @@ class Riders:
             file.write_text("0")
         command = [sys.executable, "-I", "-S", str(RIDER)]
         self._clients = {
-            mode: daemon.command([*command, mode, str(daemon.path(ref)), str(plain), str(file)], talk=True)
+            mode: daemon.command([*command, mode, str(daemon.path(ref)), str(plain), str(file)])
             for mode, file in self._progress.items()
         }
         self.go_on()
@@ -78,7 +78,8 @@ class Riders:
         """Have them end; the waits of each. AssertionError if one met an error or a wrong byte."""
         waits: dict[str, list[tuple[float, float]]] = {}
         for mode, client in self._clients.items():
-            waits[mode] = [tuple(wait) for wait in json.loads(self._daemon.finish(client, "enough\n"))]
+            self._progress[mode].unlink()
+            waits[mode] = [tuple(wait) for wait in json.loads(self._daemon.finish(client))]
         return waits
 
 

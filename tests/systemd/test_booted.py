@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ pytestmark = [
 SERVICE = "weightfs.service"
 CACHE = "/var/cache/weightfs"
 WEIGHTFS = "/opt/weightfs/bin/weightfs"
+RIDER = Path(__file__).parents[1] / "faults" / "rider.py"
 MODEL = os.urandom(3 << 20) + b"the end"
 SECRET = "hf_not_for_the_journal"
 
@@ -216,6 +218,53 @@ def test_a_killed_daemon_comes_back(machine: Machine, read: Callable[[], None], 
     ), "a service that is shut in has the new mount too"
 
 
+def test_what_is_open_goes_on_through_kills_and_restarts(
+    machine: Machine, read: Callable[[], None], model: str
+) -> None:
+    read()
+    machine.path("/var/tmp/m.gguf").write_bytes(MODEL)
+    machine.write("/var/tmp/rider.py", RIDER.read_text())
+    progress = {mode: machine.path(f"/var/tmp/{mode}") for mode in ("stream", "map", "open")}
+    for mode, file in progress.items():
+        file.write_text("0")
+        file.chmod(0o666)
+        command = f"{sys.executable} -I -S /var/tmp/rider.py {mode} {model} /var/tmp/m.gguf /var/tmp/{mode}"
+        machine.write(f"/run/systemd/system/{mode}.service", f"[Service]\nUser=nobody\nExecStart={command}\n")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", *(f"{mode}.service" for mode in progress))
+
+    def go_on() -> None:
+        before = {mode: int(file.read_text()) for mode, file in progress.items()}
+        until(
+            lambda: all(int(file.read_text()) > before[mode] for mode, file in progress.items()),
+            f"every client goes on\n{before}",
+        )
+
+    go_on()
+    device = machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/models")
+    ollama = machine.show("ollama.service", "MainPID")
+    for how in (("kill", "-s", "KILL", SERVICE), ("kill", "-s", "USR1", SERVICE), ("restart", SERVICE)):
+        pid = machine.show(SERVICE, "MainPID")
+        machine.run("systemctl", *how)
+        until(
+            lambda pid=pid: (
+                machine.show(SERVICE, "MainPID") not in (pid, "0")
+                and machine.show(SERVICE, "ActiveState") == "active"
+            ),
+            "it has been started again",
+        )
+        assert machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/models") == device, "it is the same mount"
+        assert machine.show(SERVICE, "NFileDescriptorStore") == "2"
+        assert machine.show("ollama.service", "MainPID") == ollama, "nor is Ollama restarted"
+        go_on()
+    for mode, file in progress.items():
+        file.unlink()
+        until(lambda mode=mode: machine.show(f"{mode}.service", "ActiveState") == "inactive", mode)
+        assert machine.show(f"{mode}.service", "Result") == "success", machine.journal()
+    assert machine.journal("-u", SERVICE).count("The mount at /mnt/models goes on") >= 3
+    read()
+
+
 def test_a_stopped_daemon_is_noticed_and_comes_back(machine: Machine, read: Callable[[], None]) -> None:
     restarts = machine.show(SERVICE, "NRestarts")
     machine.run("kill", "-STOP", machine.show(SERVICE, "MainPID"))
@@ -230,10 +279,14 @@ def test_a_stopped_daemon_is_noticed_and_comes_back(machine: Machine, read: Call
 def test_a_stop_leaves_nothing(machine: Machine, read: Callable[[], None]) -> None:
     read()
     try:
-        machine.run("systemctl", "stop", SERVICE)
+        machine.run("systemctl", "stop", "ollama.service", SERVICE)
         assert machine.show(SERVICE, "Result") == "success"
-        assert machine.show("ollama.service", "ActiveState") == "inactive", "it was stopped first"
+        stopped = [
+            int(machine.show(unit, "InactiveEnterTimestampMonotonic")) for unit in ("ollama.service", SERVICE)
+        ]
+        assert 0 < stopped[0] < stopped[1], "Ollama was stopped first"
         assert mounted(machine) == []
+        assert machine.show(SERVICE, "NFileDescriptorStore") == "0"
         assert not machine.path("/run/weightfs/weightfs").exists()
         look = (
             "import sys, time; from pathlib import Path; from weightfs.store.cache import Cache\n"
@@ -295,7 +348,9 @@ def test_a_dead_mount_does_not_wait_for_the_next_start(machine: Machine) -> None
     assert "/mnt/lab" in mounted(machine)
     machine.run("kill", "-KILL", machine.show("weightfs@lab.service", "MainPID"))
     until(lambda: machine.show("weightfs@lab.service", "ActiveState") == "failed", "the service has failed")
-    assert mounted(machine) == ["/mnt/models"]
+    until(
+        lambda: mounted(machine) == ["/mnt/models"], "weightfs-clean-up.service has taken the dead one away"
+    )
     assert machine.run("ls", "/mnt/lab", user=NOBODY) == ""
 
 
