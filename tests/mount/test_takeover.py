@@ -69,9 +69,10 @@ def keeper() -> Iterator[FakeKeeper]:
     keeper.drop()
 
 
-def engine() -> FakeEngine:
-    engine = FakeEngine()
-    engine.add([("a", SIZE)])
+def engine(cache: Path | None = None) -> FakeEngine:
+    """One file; with `cache` it is complete, and lies there."""
+    engine = FakeEngine(cache)
+    engine.add([("a", SIZE)], present=float(cache is not None))
     return engine
 
 
@@ -163,6 +164,37 @@ async def test_what_is_open_is_known_to_the_next_one(place: Path, keeper: FakeKe
         nursery.cancel_scope.cancel()
     assert not mounts_at(place)
     assert keeper.kept is None, "a daemon that ends for good has its descriptors closed"
+
+
+@needs_mount
+async def test_a_file_that_is_passed_through_stays_so(
+    place: Path, keeper: FakeKeeper, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The backing id is the connection's: another one for an inode that is open would be EIO."""
+    caplog.set_level("INFO")
+    async with AsyncExitStack() as clients:
+        async with life(place, keeper, served=engine(tmp_path)) as mounted:
+            if "Complete files are passed through" not in caplog.text:
+                pytest.skip("no passthrough here")
+            client = await clients.enter_async_context(reader(place))
+            assert client.stdout is not None
+            assert client.stdin is not None
+            assert await client.stdout.receive_some() == b"4096\n"
+            assert (mounted.stats.passed_opens, mounted.stats.passed_files) == (1, 1)
+            keeper.leaving = True
+        second = engine(tmp_path)
+        async with life(place, keeper, served=second) as mounted:
+            assert mounted.stats.passed_files == 1
+            assert await content(place) == pattern("a", 0, SIZE)
+            assert (mounted.stats.passed_opens, mounted.stats.passed_files) == (1, 1)
+            await client.stdin.send_all(b"go on\n")
+            assert await said(client) == pattern("a", 0, SIZE)
+            await until(lambda: not mounted.stats.passed_files)
+            assert await content(place) == pattern("a", 0, SIZE), "with a backing id of its own"
+            assert mounted.stats.passed_opens == 2
+            assert not second.files["a"].reads
+            await until(lambda: not second.files["a"].handles)
+    assert not mounts_at(place)
 
 
 def spoil(keeper: FakeKeeper, change: Callable[[ledger.Ledger], None]) -> None:
@@ -258,4 +290,7 @@ def test_the_numbers_that_a_kernel_remembers() -> None:
     directory = one.lookup(ROOT, "d")
     assert isinstance(directory, DirNode)
     numbers = (directory.ino, *sorted(directory.children.values()), *directory.cookies)
-    assert (takeover.VERSION, hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]) == (1, "?")
+    assert (takeover.VERSION, hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]) == (
+        1,
+        "b1c02d8e02d5b1d2",
+    )

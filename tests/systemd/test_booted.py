@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,17 @@ def test_a_killed_daemon_comes_back(machine: Machine, read: Callable[[], None], 
     ), "a service that is shut in has the new mount too"
 
 
+def is_another(machine: Machine, pid: str) -> bool:
+    return (
+        machine.show(SERVICE, "MainPID") not in (pid, "0")
+        and machine.show(SERVICE, "ActiveState") == "active"
+    )
+
+
+def has_ended(machine: Machine, unit: str) -> bool:
+    return machine.show(unit, "ActiveState") in ("inactive", "failed")
+
+
 def test_what_is_open_goes_on_through_kills_and_restarts(
     machine: Machine, read: Callable[[], None], model: str
 ) -> None:
@@ -246,20 +258,14 @@ def test_what_is_open_goes_on_through_kills_and_restarts(
     for how in (("kill", "-s", "KILL", SERVICE), ("kill", "-s", "USR1", SERVICE), ("restart", SERVICE)):
         pid = machine.show(SERVICE, "MainPID")
         machine.run("systemctl", *how)
-        until(
-            lambda pid=pid: (
-                machine.show(SERVICE, "MainPID") not in (pid, "0")
-                and machine.show(SERVICE, "ActiveState") == "active"
-            ),
-            "it has been started again",
-        )
+        until(partial(is_another, machine, pid), "it has been started again")
         assert machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/models") == device, "it is the same mount"
         assert machine.show(SERVICE, "NFileDescriptorStore") == "2"
         assert machine.show("ollama.service", "MainPID") == ollama, "nor is Ollama restarted"
         go_on()
     for mode, file in progress.items():
         file.unlink()
-        until(lambda mode=mode: machine.show(f"{mode}.service", "ActiveState") == "inactive", mode)
+        until(partial(has_ended, machine, f"{mode}.service"), mode)
         assert machine.show(f"{mode}.service", "Result") == "success", machine.journal()
     assert machine.journal("-u", SERVICE).count("The mount at /mnt/models goes on") >= 3
     read()
