@@ -3,6 +3,7 @@
 BIN := .venv/bin
 ROUNDS ?= 5
 SIZE ?= 1024
+MINUTES ?= 30
 ARGS ?=
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -41,7 +42,8 @@ bench: ## Measure beside curl, aria2 and rclone into build/bench.{txt,json}. ROU
 	@.ci/setup bench
 	@$(BIN)/python tests/bench/bench.py --rounds $(ROUNDS) --size $(SIZE) $(ARGS)
 
-soak: setup ## The model, property and crash tests for a long time (Hypothesis profile "soak").
+soak: setup ## Half an hour of bad weather (MINUTES=30), then the model, property and crash tests for long.
+	$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) --report build/soak
 	WEIGHTFS_SOAK=1 $(BIN)/python -m pytest -q --timeout=0 --hypothesis-profile=soak tests/core tests/model tests/faults tests/systemd
 
 lock: setup ## Resolve the dependencies of pyproject.toml again into .lock/.

@@ -2,7 +2,8 @@
 # Puts weightfs and its units where they belong, and takes them away again. `make install` and `make uninstall` call it.
 #
 #   install.sh install     a virtual environment from .lock/ (every download checked against a hash) in
-#                          PREFIX/lib/weightfs, `weightfs` in PREFIX/bin, and the units
+#                          PREFIX/lib/weightfs, `weightfs` in PREFIX/bin, its manual pages and shell completions
+#                          in PREFIX/share, and the units
 #   install.sh units       the units alone, for a weightfs that was installed by other means: WEIGHTFS names it
 #   install.sh uninstall   removes what the two have put there, and nothing else
 #
@@ -90,6 +91,12 @@ install_package() {
   # PYTHONSAFEPATH: a trio.py in the directory where somebody types `weightfs` is not ours.
   printf '#!/bin/sh\nexport PYTHONSAFEPATH=1\nexec %s/venv/bin/python -m weightfs "$@"\n' "$LIBDIR" >"$work/launcher"
   place "$work/launcher" "$PREFIX/bin/weightfs" 0755
+  $pip install --no-index --no-deps "$work"/wheels/click-*.whl
+  PYTHONPATH=src "$work/build/bin/python" systemd/manpages.py "$work/share" || fail "the manual was not written (above)"
+  (cd "$work/share" && find . -type f) >"$work/manual"
+  while read -r file; do
+    place "$work/share/$file" "$PREFIX/share/${file#./}" 0644
+  done <"$work/manual"
   check_reachable
 }
 

@@ -116,6 +116,12 @@ def test_the_whole(installer: Installer, tmp_path: Path) -> None:
         ["/bin/sh", "-c", command, "sh", "--version"], capture_output=True, text=True, check=True
     )
     assert said.stdout.startswith("weightfs ")
+    for path in (
+        "man/man1/weightfs-mount.1",
+        "bash-completion/completions/weightfs",
+        "zsh/site-functions/_weightfs",
+    ):
+        assert (tree / "opt/w/share" / path).is_file()
     for module in ("pyfuse3", "lmdb", "weightfs.mount.serve"):
         subprocess.run([str(python), "-I", "-c", f"import {module}"], check=True)
     assert not list((tree / "opt/w/lib/weightfs/venv").rglob("pytest")), (

@@ -9,6 +9,7 @@ import click
 import weightfs
 from weightfs.cli.adding import add, pin, unpin, update
 from weightfs.cli.cleaning import gc
+from weightfs.cli.completing import completion
 from weightfs.cli.configuring import config
 from weightfs.cli.doctoring import doctor
 from weightfs.cli.group import CONTEXT_SETTINGS, WeightfsGroup
@@ -60,7 +61,7 @@ def cli() -> None:
 
 for command in (
     *(mount, umount, add, pull, update, pin, unpin),
-    *(status, ls, map_, verify, gc, rm, link, env, publish, doctor, config),
+    *(status, ls, map_, verify, gc, rm, link, env, publish, doctor, config, completion),
 ):
     cli.add_command(command)
 

@@ -81,6 +81,11 @@ class Pacer:
         if self.overall is not None:
             self._lines[""] = _Line(self.overall)
 
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """The jobs that wait."""
+        return tuple(self._waiting)
+
     def paces(self, host: str) -> bool:
         """Whether there may be a limit for what comes from there."""
         return "" in self._lines or host in self._lines

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import trio
 
 from weightfs import __version__
 from weightfs.core import plan
-from weightfs.core.bandwidth import Pacer
 from weightfs.core.geometry import ByteSpan, ChunkSpan
 from weightfs.core.manifest import BlobId, Manifest, Policy
 from weightfs.core.planner import Planner
@@ -33,11 +33,12 @@ from weightfs.engine.hashing import Hasher
 from weightfs.engine.headers import Headers
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.keeping import Keeper
+from weightfs.engine.origins import Origins
 from weightfs.engine.reader import Reader
 from weightfs.engine.report import describe_jobs, describe_refs
 from weightfs.engine.room import Room
 from weightfs.engine.seal import Sealer
-from weightfs.engine.settings import EngineSettings, FillMode
+from weightfs.engine.settings import LIVE, EngineSettings, FillMode
 from weightfs.engine.status import (
     BlobStatus,
     CacheSpace,
@@ -52,7 +53,7 @@ from weightfs.engine.upkeep import Upkeep
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError, SourceError
 from weightfs.sources import home_of, keeps_headers, open_source
-from weightfs.sources.base import Source
+from weightfs.sources.base import FetchSettings, Source
 from weightfs.store.cache import Cache, StoredRef
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Engine:
         self._cache = cache
         self._nursery = nursery
         self._started = trio.current_time()
-        self._sources: dict[str, Source] = {}
+        self._origins = Origins(settings.fetch, _open)
         # What is pinned changes one ref at a time: a blob that is being removed cannot be added meanwhile. Never held
         # while an origin is asked.
         self._pinning = trio.Lock()
@@ -84,7 +85,7 @@ class Engine:
             self._holdings.landed,
             self._holdings.mend,
             nursery,
-            Pacer(settings.bandwidth, dict(settings.host_bandwidth)),
+            settings,
         )
         self._committer = Committer(cache, settings, self._holdings.committed, self._holdings.lost)
         self._room = Room(cache, settings, self._catalog, self._planner, self._fetcher, self._holdings)
@@ -125,10 +126,20 @@ class Engine:
 
     async def _close(self) -> None:
         self.fail_reads()
-        with trio.move_on_after(5, shield=True):
-            for source in self._sources.values():
-                await source.aclose()
+        await self._origins.aclose()
         self._nursery.cancel_scope.cancel()
+
+    async def reload(self, new: EngineSettings) -> tuple[str, ...]:
+        """Take over what may change while it runs (`settings.LIVE`). The names of what differs and may not."""
+        old = self.settings
+        self.settings = live = replace(old, **{name: getattr(new, name) for name in LIVE})
+        if live.fetch != old.fetch:
+            self._pool.change(live.fetch)
+            await self._origins.change(live.fetch)
+        self._fetcher.reload(live)
+        self._reader.reload(live)
+        self._room.reload(live)
+        return tuple(f.name for f in fields(live) if getattr(new, f.name) != getattr(live, f.name))
 
     async def _flush(self) -> None:
         with trio.CancelScope(shield=True):
@@ -180,11 +191,8 @@ class Engine:
         """Ask what it is, and pin that."""
         if known is not None and known.manifest.ref != str(ref):
             ref = parse_ref(known.manifest.ref)  # as it was spelt when it was added
-        if ref.scheme not in self._sources:
-            # In a thread: the first time it imports, for longer than the readers should wait for the loop.
-            source = await trio.to_thread.run_sync(open_source, ref.scheme, self.settings.fetch)
-            self._sources.setdefault(ref.scheme, source)
-        manifest = await self._sources[ref.scheme].resolve(ref)
+        async with self._origins.using(ref.scheme) as source:
+            manifest = await source.resolve(ref)
         if home := home_of(ref, self.settings.fetch):
             self._pool.own(home)
         if self.settings.policy is Policy.HOLD and any(not entry.blob.digest for entry in manifest.entries):
@@ -438,6 +446,11 @@ class Engine:
         ):
             await self._committer.flush()
             await trio.sleep(0.01)
+
+
+async def _open(scheme: str, settings: FetchSettings) -> Source:
+    # In a thread: the first time it imports, for longer than the readers should wait for the loop.
+    return await trio.to_thread.run_sync(open_source, scheme, settings)
 
 
 def _move(before: StoredRef, revision: str) -> Outcome:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from weightfs.core import plan
-from weightfs.core.bandwidth import Pacer
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import BlobId
 from weightfs.core.plan import Failure, Fetch
@@ -22,7 +21,8 @@ from weightfs.core.planner import Planner
 from weightfs.core.ref import without_secrets
 from weightfs.engine import wire
 from weightfs.engine.blobs import BlobState
-from weightfs.engine.pacing import Pacing
+from weightfs.engine.pacing import Pacing, pacer_of
+from weightfs.engine.settings import EngineSettings
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, ReadError
 
@@ -57,7 +57,7 @@ class Fetcher:
         landed: Callable[[BlobState, int, bytes], None],
         mend: Callable[[BlobState, int], Awaitable[bool]],
         nursery: trio.Nursery,
-        pacer: Pacer,
+        settings: EngineSettings,
     ) -> None:
         self._planner = planner
         self._pool = pool
@@ -73,7 +73,7 @@ class Fetcher:
         self._ended = trio.Event()
         self._need_room: Callable[[], None] = lambda: None
         self._relieve: Callable[[BlobState, int], Awaitable[bool]]
-        self._pacing = Pacing(pacer, planner.urgent, lambda job: pool.tell(wire.GoOn(job)))
+        self._pacing = Pacing(pacer_of(settings), planner.urgent, lambda job: pool.tell(wire.GoOn(job)))
         self.closed: Failure | None = None
         self.fetched_bytes = 0
         self.mismatches = 0
@@ -91,6 +91,10 @@ class Fetcher:
     def jobs(self) -> int:
         """How many fetches are in flight."""
         return len(self._jobs)
+
+    def reload(self, settings: EngineSettings) -> None:
+        """Other bandwidth limits from now on."""
+        self._pacing.change(pacer_of(settings))
 
     @property
     def paced(self) -> int:

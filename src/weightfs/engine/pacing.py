@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import trio
 
 from weightfs.core.bandwidth import Pacer
+from weightfs.engine.settings import EngineSettings
 
 LOOK_SECONDS = 60.0  # a step of a timetable is noticed no later than this
 
@@ -20,6 +21,11 @@ def minute_of_day() -> int:
     """Of the local time, as the timetable has it."""
     now = time.localtime()
     return now.tm_hour * 60 + now.tm_min
+
+
+def pacer_of(settings: EngineSettings) -> Pacer:
+    """With the limits that are set."""
+    return Pacer(settings.bandwidth, dict(settings.host_bandwidth))
 
 
 class Pacing:
@@ -37,6 +43,13 @@ class Pacing:
     def jobs(self) -> int:
         """How many fetches in flight are paced."""
         return len(self._hosts)
+
+    def change(self, pacer: Pacer) -> None:
+        """Other limits: who waits goes on, and pays by the new ones. What began without a limit goes on without."""
+        waiting = self._pacer.waiting
+        self._pacer = pacer
+        for job in waiting:
+            self._go_on(job)
 
     def begin(self, job: int, url: str) -> bool:
         """A fetch from `url` begins; whether it has to pay."""

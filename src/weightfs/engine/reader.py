@@ -55,6 +55,10 @@ class Reader:
         self._nursery = nursery
         self._disk = trio.CapacityLimiter(settings.disk_threads)
 
+    def reload(self, settings: EngineSettings) -> None:
+        """Another `read_timeout`, for reads that begin from now on."""
+        self._settings = settings
+
     async def read(self, state: BlobState, span: ByteSpan) -> bytes:
         """The bytes of `span`, clipped at the end of the blob."""
         return await self._read(state, span, self._observe)

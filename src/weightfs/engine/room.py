@@ -108,6 +108,12 @@ class Room:
         """The planner knows all blobs, and nothing is fetched yet. Blocks."""
         self._take(self._look_at_space(), self._planner.held_bytes)
 
+    def reload(self, settings: EngineSettings) -> None:
+        """Other limits from now on."""
+        self._settings = settings
+        self._measured = self._aged = float("-inf")
+        self.poke()
+
     async def run(self) -> None:
         """Until cancelled."""
         while True:

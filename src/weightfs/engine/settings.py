@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 from dataclasses import dataclass, field
+from typing import Final
 
 from weightfs.core.bandwidth import Timetable
 from weightfs.core.geometry import MIB
@@ -20,6 +21,12 @@ class FillMode(enum.StrEnum):
     NEVER = "never"
     OPENED = "opened"
     ALL = "all"
+
+
+# What a running engine can take over; the rest is read once, when it starts.
+LIVE: Final = (
+    "fetch", "read_timeout", "bandwidth", "host_bandwidth", "max_bytes", "min_free_bytes", "max_age",
+)  # fmt: skip
 
 
 def default_workers() -> int:

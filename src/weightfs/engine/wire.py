@@ -32,10 +32,10 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """A ref was added: its origin gets the user's headers from here on."""
+class Settings:
+    """How to fetch from here on, as in `Hello`; what is in flight goes on as it began."""
 
-    url: str
+    fetch: dict[str, Any] = field(repr=False)  # with secrets
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class Alive:
     """Sent every few seconds: a worker that is silent for long is stopped or stuck, and is replaced."""
 
 
-ToWorker = Hello | Origin | FetchJob | TrimJob | GoOn | StopJob | HashJob
+ToWorker = Hello | Settings | FetchJob | TrimJob | GoOn | StopJob | HashJob
 FromWorker = ChunkLanded | ChunkMismatched | JobTrimmed | Received | JobDone | JobFailed | Hashed | Alive
 Message = ToWorker | FromWorker
 
@@ -189,7 +189,7 @@ _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         Hello,
-        Origin,
+        Settings,
         FetchJob,
         TrimJob,
         GoOn,

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import trio
@@ -27,6 +27,7 @@ from weightfs.core.geometry import KIB, BlobShape, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Mirror
 from weightfs.engine import wire
 from weightfs.engine.causes import one_cause
+from weightfs.engine.origins import Origins
 from weightfs.engine.running import SAVABLE, GitSha1, RunningSha256
 from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import open_source, schemes
@@ -117,6 +118,10 @@ class _Running:
     go_on: trio.Event = field(default_factory=trio.Event)
 
 
+async def _open(scheme: str, settings: FetchSettings) -> Source:
+    return open_source(scheme, settings)
+
+
 def _open_file(path: str, file: list[int]) -> int:
     """The data file, if it is still the one that readers have open. OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -161,12 +166,10 @@ class Worker:
     """Carries out jobs as they come; every job is answered by exactly one JobDone, JobFailed or Hashed."""
 
     def __init__(self, fetch: FetchSettings, buffer_bytes: int, send: Send) -> None:
-        self._fetch_settings = fetch
+        self._origins = Origins(fetch, _open)
         self._send = send
         self._buffers = _Buffers(buffer_bytes)
         self._jobs: dict[int, _Running] = {}
-        self._sources: dict[str, Source] = {}
-        self._retired: list[Source] = []
         self._threads = trio.CapacityLimiter(LANDING_THREADS)
         self._patient = _PatientThread()
 
@@ -179,17 +182,12 @@ class Worker:
                 nursery.cancel_scope.cancel()
         finally:
             self._patient.close()
-            with trio.move_on_after(1, shield=True):
-                for source in (*self._sources.values(), *self._retired):
-                    await source.aclose()
+            await self._origins.aclose()
 
     async def _dispatch(self, message: wire.Message, nursery: trio.Nursery) -> None:
         match message:
-            case wire.Origin(url):
-                origins = (*self._fetch_settings.header_origins, url)
-                self._fetch_settings = replace(self._fetch_settings, header_origins=origins)
-                self._retired += self._sources.values()  # their jobs go on
-                self._sources = {}
+            case wire.Settings(fetch):
+                await self._origins.change(wire.fetch_settings_from_wire(fetch))
             case wire.FetchJob():
                 self._jobs[message.job] = _Running(message, message.stop, message.start)
                 nursery.start_soon(self._fetch, self._jobs[message.job])
@@ -208,12 +206,6 @@ class Worker:
                 nursery.start_soon(self._hash, message)
             case _:
                 raise ValueError(f"a worker was sent {type(message).__name__}")
-
-    def _source(self, url: str) -> Source:
-        scheme = urlsplit(url).scheme
-        if scheme not in self._sources:
-            self._sources[scheme] = open_source(scheme, self._fetch_settings)
-        return self._sources[scheme]
 
     async def _fetch(self, running: _Running) -> None:
         job = running.job
@@ -239,10 +231,11 @@ class Worker:
         try:
             span = shape.bytes_of(ChunkSpan(job.start, job.stop))
             mirror = Mirror(job.url, validator=job.validator)
-            opened = self._source(job.url).open_range(mirror, shape, span, whole=job.whole)
-            # A full disk and a broken stream at once: the disk's word counts.
-            async with one_cause(OSError, SourceError), opened as pieces, trio.open_nursery() as landings:
-                await self._assemble(running, shape, pieces, fd, landings)
+            async with self._origins.using(urlsplit(job.url).scheme) as source:
+                opened = source.open_range(mirror, shape, span, whole=job.whole)
+                # A full disk and a broken stream at once: the disk's word counts.
+                async with one_cause(OSError, SourceError), opened as pieces, trio.open_nursery() as landings:
+                    await self._assemble(running, shape, pieces, fd, landings)
         finally:
             os.close(fd)
 

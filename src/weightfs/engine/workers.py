@@ -25,6 +25,7 @@ from weightfs.engine.causes import one_cause
 from weightfs.engine.settings import EngineSettings
 from weightfs.engine.worker import Worker
 from weightfs.errors import FailureKind
+from weightfs.sources.base import FetchSettings
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +95,14 @@ class WorkerPool:
     def own(self, url: str) -> None:
         """The user's headers may go to this URL's origin too: it is a ref's."""
         if self._fetch.headers and url not in self._fetch.header_origins:
-            self._fetch = replace(self._fetch, header_origins=(*self._fetch.header_origins, url))
-            for slot in self._slots:
-                self._send(slot, wire.Origin(url))
+            self.change(replace(self._fetch, header_origins=(*self._fetch.header_origins, url)))
+
+    def change(self, fetch: FetchSettings) -> None:
+        """How to fetch from now on; the origins that `own` has named keep the user's headers."""
+        origins = tuple(dict.fromkeys((*fetch.header_origins, *self._fetch.header_origins)))
+        self._fetch = replace(fetch, header_origins=origins)
+        for slot in self._slots:
+            self._send(slot, wire.Settings(wire.fetch_settings_to_wire(self._fetch)))
 
     def _send(self, slot: _Slot, message: wire.ToWorker) -> None:
         if slot.outgoing is not None:
@@ -208,8 +214,9 @@ class WorkerPool:
 
     async def _converse(self, slot: _Slot, stream: trio.SocketStream) -> None:
         bound = self._settings.worker_silence_seconds
+        fetch = self._fetch
         hello = wire.Hello(
-            wire.fetch_settings_to_wire(self._fetch),
+            wire.fetch_settings_to_wire(fetch),
             self._settings.worker_buffer_bytes,
             bound / BEATS_PER_SILENCE,
         )
@@ -223,6 +230,11 @@ class WorkerPool:
         async with one_cause(), trio.open_nursery() as nursery:
             with silence:
                 await stream.send_all(wire.encode(hello))
+                while (
+                    fetch is not self._fetch
+                ):  # they changed meanwhile, and `change` could not tell this one
+                    fetch = self._fetch
+                    await stream.send_all(wire.encode(wire.Settings(wire.fetch_settings_to_wire(fetch))))
                 receive = self._open(slot)
                 nursery.start_soon(write)
                 async for message in wire.read_messages(stream):
