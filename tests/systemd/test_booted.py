@@ -420,7 +420,7 @@ def test_mount_by_hand(machine: Machine, origin: Nginx) -> None:
 
 def test_fstab_with_automount(machine: Machine, origin: Nginx) -> None:
     machine.run("mkdir", "/mnt/auto")
-    options = "noauto,_netdev,x-systemd.automount,cache=/var/cache/auto,config=/dev/null"
+    options = "noauto,_netdev,x-systemd.automount,supervise,cache=/var/cache/auto,config=/dev/null"
     machine.write("/etc/fstab", f"{origin.url('m.gguf')} /mnt/auto weightfs {options} 0 0\n")
     place = "/run/systemd/system"
     machine.run("mkdir", "-p", place)
@@ -431,6 +431,9 @@ def test_fstab_with_automount(machine: Machine, origin: Nginx) -> None:
     model = f"/mnt/auto/models/http/127.0.0.1:{origin.port}/m.gguf"
     assert machine.run("sha256sum", model, user=NOBODY).startswith(hashlib.sha256(MODEL).hexdigest())
     assert machine.show("mnt-auto.mount", "ActiveState") == "active"
+    _, daemon = sorted(daemon_at(machine, "/mnt/auto"), key=int)
+    machine.run("kill", "-KILL", daemon)
+    assert machine.run("sha256sum", model, user=NOBODY).startswith(hashlib.sha256(MODEL).hexdigest())
     machine.run("systemctl", "stop", "mnt-auto.automount", "mnt-auto.mount")
     assert mounted(machine) == ["/mnt/models"]
     until(lambda: not daemon_at(machine, "/mnt/auto"), "the daemon has ended")
