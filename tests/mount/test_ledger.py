@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightfs.mount.ledger import PAGE, SIZE, SLOT, Entry, Ledger
+from weightfs.mount.ledger import HEAD, SIZE, SLOT, Entry, Ledger
 
 INODES = st.integers(1, 6)
 STEPS = st.lists(st.tuples(st.sampled_from(["open", "lend", "release", "reborn"]), INODES), max_size=60)
@@ -28,7 +28,7 @@ def reborn(memory: memoryview) -> Ledger:
 
 @given(STEPS)
 def test_it_is_what_was_opened_and_not_released(steps: list[tuple[str, int]]) -> None:
-    memory = memoryview(bytearray(PAGE + 8 * SLOT))
+    memory = memoryview(bytearray(HEAD + 8 * SLOT))
     ledger, model = Ledger(memory), dict[int, tuple[int, int]]()
     for step, ino in steps:
         handles, backing = model.get(ino, (0, 0))
@@ -75,7 +75,7 @@ class Mortal:
 @given(STEPS, st.integers(0, 40))
 def test_no_moment_to_die_loses_a_handle(steps: list[tuple[str, int]], stores: int) -> None:
     """What was answered is in it; of what was under way, at most that one thing is there or not."""
-    memory = memoryview(bytearray(PAGE + 8 * SLOT))
+    memory = memoryview(bytearray(HEAD + 8 * SLOT))
     ledger = Ledger(memory)
     left = [stores]
     ledger._words = Mortal(ledger._words, left)  # type: ignore[assignment]
@@ -109,7 +109,7 @@ def test_no_moment_to_die_loses_a_handle(steps: list[tuple[str, int]], stores: i
 
 
 def test_a_full_one_says_so_for_good() -> None:
-    memory = memoryview(bytearray(PAGE + 2 * SLOT))
+    memory = memoryview(bytearray(HEAD + 2 * SLOT))
     ledger = Ledger(memory)
     for ino in (2, 4, 6):
         ledger.opened(ino)
@@ -133,21 +133,21 @@ def shared() -> Iterator[int]:
 def test_it_survives_in_shared_memory_with_its_head() -> None:
     with shared() as fd:
         first = Ledger(memoryview(mmap.mmap(fd, SIZE)))
-        first.describe({"version": 1, "path": "/mnt/modèles"})
+        first.describe({"version": 1, "path": "/mnt/modèles\udcff" + "ü" * 2000})
         first.attempts += 2
         first.opened(2**62 - 2)
         first.lent(2**62 - 2, 7)
         second = Ledger(memoryview(mmap.mmap(fd, SIZE)))
-        assert second.facts() == {"version": 1, "path": "/mnt/modèles"}
+        assert second.facts() == {"version": 1, "path": "/mnt/modèles\udcff" + "ü" * 2000}
         assert second.attempts == 2
         assert list(second.entries()) == [Entry(2**62 - 2, 1, 7)]
 
 
 @pytest.mark.parametrize("head", [b"", b"[]", b"{", b"\xff\xfe"])
 def test_a_head_that_is_none(head: bytes) -> None:
-    memory = memoryview(bytearray(PAGE + SLOT))
+    memory = memoryview(bytearray(HEAD + SLOT))
     memory[: len(head)] = head
     with pytest.raises(ValueError):  # noqa: PT011 - every kind of it
         Ledger(memory).facts()
     with pytest.raises(ValueError, match="do not fit"):
-        Ledger(memory).describe({"path": "x" * PAGE})
+        Ledger(memory).describe({"path": "x" * HEAD})
