@@ -27,7 +27,7 @@ WEIGHTFS=${WEIGHTFS:-$PREFIX/bin/weightfs}
 LIBDIR=$PREFIX/lib/weightfs
 LIST=$LIBDIR/installed
 DOCDIR=$PREFIX/share/doc/weightfs
-UNITS="weightfs.service weightfs@.service weightfs-verify.service weightfs-verify.timer"
+UNITS="weightfs.service weightfs@.service weightfs-clean-up.service weightfs-verify.service weightfs-verify.timer"
 
 say() {
   printf 'install: %s\n' "$1"
@@ -113,6 +113,7 @@ install_units() {
     place_with_paths "systemd/$unit" "$UNITDIR/$unit" 0644
   done
   place_with_paths systemd/weightfs-user.service "$USERUNITDIR/weightfs.service" 0644
+  place_with_paths systemd/weightfs-clean-up.service "$USERUNITDIR/weightfs-clean-up.service" 0644
   place_with_paths systemd/mount.weightfs "$SBINDIR/mount.weightfs" 0755
   place systemd/sysusers.conf "$SYSUSERSDIR/weightfs.conf" 0644
   place systemd/ollama.service.d/weightfs.conf "$DOCDIR/ollama.service.d/weightfs.conf" 0644

@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ pytestmark = [
 SERVICE = "weightfs.service"
 CACHE = "/var/cache/weightfs"
 WEIGHTFS = "/opt/weightfs/bin/weightfs"
+RIDER = Path(__file__).parents[1] / "faults" / "rider.py"
 MODEL = os.urandom(3 << 20) + b"the end"
 SECRET = "hf_not_for_the_journal"
 
@@ -276,6 +279,58 @@ def test_the_journal_has_fields(machine: Machine, origin: Nginx) -> None:
     machine.run(WEIGHTFS, "rm", "--cache", CACHE, ref, user=int(machine.run("id", "-u", "weightfs")))
 
 
+def is_another(machine: Machine, pid: str) -> bool:
+    return (
+        machine.show(SERVICE, "MainPID") not in (pid, "0")
+        and machine.show(SERVICE, "ActiveState") == "active"
+    )
+
+
+def has_ended(machine: Machine, unit: str) -> bool:
+    return machine.show(unit, "ActiveState") in ("inactive", "failed")
+
+
+def test_what_is_open_goes_on_through_kills_and_restarts(
+    machine: Machine, read: Callable[[], None], model: str
+) -> None:
+    read()
+    machine.path("/var/tmp/m.gguf").write_bytes(MODEL)
+    machine.write("/var/tmp/rider.py", RIDER.read_text())
+    progress = {mode: machine.path(f"/var/tmp/{mode}") for mode in ("stream", "map", "open")}
+    for mode, file in progress.items():
+        file.write_text("0")
+        file.chmod(0o666)
+        command = f"{sys.executable} -I -S /var/tmp/rider.py {mode} {model} /var/tmp/m.gguf /var/tmp/{mode}"
+        machine.write(f"/run/systemd/system/{mode}.service", f"[Service]\nUser=nobody\nExecStart={command}\n")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", *(f"{mode}.service" for mode in progress))
+
+    def go_on() -> None:
+        before = {mode: int(file.read_text()) for mode, file in progress.items()}
+        until(
+            lambda: all(int(file.read_text()) > before[mode] for mode, file in progress.items()),
+            f"every client goes on\n{before}",
+        )
+
+    go_on()
+    device = machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/models")
+    ollama = machine.show("ollama.service", "MainPID")
+    for how in (("kill", "-s", "KILL", SERVICE), ("kill", "-s", "USR1", SERVICE), ("restart", SERVICE)):
+        pid = machine.show(SERVICE, "MainPID")
+        machine.run("systemctl", *how)
+        until(partial(is_another, machine, pid), "it has been started again")
+        assert machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/models") == device, "it is the same mount"
+        assert machine.show(SERVICE, "NFileDescriptorStore") == "2"
+        assert machine.show("ollama.service", "MainPID") == ollama, "nor is Ollama restarted"
+        go_on()
+    for mode, file in progress.items():
+        file.unlink()
+        until(partial(has_ended, machine, f"{mode}.service"), mode)
+        assert machine.show(f"{mode}.service", "Result") == "success", machine.journal()
+    assert machine.journal("-u", SERVICE).count("The mount at /mnt/models goes on") >= 3
+    read()
+
+
 def test_a_stopped_daemon_is_noticed_and_comes_back(machine: Machine, read: Callable[[], None]) -> None:
     restarts = machine.show(SERVICE, "NRestarts")
     machine.run("kill", "-STOP", machine.show(SERVICE, "MainPID"))
@@ -290,10 +345,14 @@ def test_a_stopped_daemon_is_noticed_and_comes_back(machine: Machine, read: Call
 def test_a_stop_leaves_nothing(machine: Machine, read: Callable[[], None]) -> None:
     read()
     try:
-        machine.run("systemctl", "stop", SERVICE)
+        machine.run("systemctl", "stop", "ollama.service", SERVICE)
         assert machine.show(SERVICE, "Result") == "success"
-        assert machine.show("ollama.service", "ActiveState") == "inactive", "it was stopped first"
+        stopped = [
+            int(machine.show(unit, "InactiveEnterTimestampMonotonic")) for unit in ("ollama.service", SERVICE)
+        ]
+        assert 0 < stopped[0] < stopped[1], "Ollama was stopped first"
         assert mounted(machine) == []
+        assert machine.show(SERVICE, "NFileDescriptorStore") == "0"
         assert not machine.path("/run/weightfs/weightfs").exists()
         look = (
             "import sys, time; from pathlib import Path; from weightfs.store.cache import Cache\n"
@@ -355,7 +414,9 @@ def test_a_dead_mount_does_not_wait_for_the_next_start(machine: Machine) -> None
     assert "/mnt/lab" in mounted(machine)
     machine.run("kill", "-KILL", machine.show("weightfs@lab.service", "MainPID"))
     until(lambda: machine.show("weightfs@lab.service", "ActiveState") == "failed", "the service has failed")
-    assert mounted(machine) == ["/mnt/models"]
+    until(
+        lambda: mounted(machine) == ["/mnt/models"], "weightfs-clean-up.service has taken the dead one away"
+    )
     assert machine.run("ls", "/mnt/lab", user=NOBODY) == ""
 
 
@@ -419,7 +480,7 @@ def test_mount_by_hand(machine: Machine, origin: Nginx) -> None:
 
 def test_fstab_with_automount(machine: Machine, origin: Nginx) -> None:
     machine.run("mkdir", "/mnt/auto")
-    options = "noauto,_netdev,x-systemd.automount,cache=/var/cache/auto,config=/dev/null"
+    options = "noauto,_netdev,x-systemd.automount,supervise,cache=/var/cache/auto,config=/dev/null"
     machine.write("/etc/fstab", f"{origin.url('m.gguf')} /mnt/auto weightfs {options} 0 0\n")
     place = "/run/systemd/system"
     machine.run("mkdir", "-p", place)
@@ -430,6 +491,9 @@ def test_fstab_with_automount(machine: Machine, origin: Nginx) -> None:
     model = f"/mnt/auto/models/http/127.0.0.1:{origin.port}/m.gguf"
     assert machine.run("sha256sum", model, user=NOBODY).startswith(hashlib.sha256(MODEL).hexdigest())
     assert machine.show("mnt-auto.mount", "ActiveState") == "active"
+    _, daemon = sorted(daemon_at(machine, "/mnt/auto"), key=int)
+    machine.run("kill", "-KILL", daemon)
+    assert machine.run("sha256sum", model, user=NOBODY).startswith(hashlib.sha256(MODEL).hexdigest())
     machine.run("systemctl", "stop", "mnt-auto.automount", "mnt-auto.mount")
     assert mounted(machine) == ["/mnt/models"]
     until(lambda: not daemon_at(machine, "/mnt/auto"), "the daemon has ended")

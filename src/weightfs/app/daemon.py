@@ -20,7 +20,7 @@ from typing import Final
 
 import trio
 
-from weightfs.app import notify, registry, standing
+from weightfs.app import notify, registry, standing, supervisor
 from weightfs.app.fdstore import FdStore
 from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
@@ -163,7 +163,7 @@ async def _greet(
     interval = notify.watchdog_interval()
     if interval is not None:
         nursery.start_soon(standing.keep_alive, mounted, engine, interval)
-    if notify.has_manager():
+    if notify.has_manager() and not supervisor.is_child(os.environ):  # that one shows it to nobody
         nursery.start_soon(standing.tell_status, engine)
         await nursery.start(reloader.on_hangup)  # in a terminal that is closed SIGHUP means something else
     known = {identity(stored.manifest.ref) for stored in engine.refs()}

@@ -6,7 +6,7 @@ many costs what a forgotten handle costs: the blob is not evicted until the unmo
 aligned word, or concerns an inode whose handles still say 0; so no moment to die leaves a wrong entry. A ledger
 that was ever full is not whole, and says so for good.
 
-Layout, native byte order: a page with a JSON object (see `takeover`), padded with zeros, whose last two words are
+Layout, native byte order: a head with a JSON object (see `takeover`), padded with zeros, whose last two words are
 `attempts` and `overflown`; then slots of (inode: 8 bytes, handles: 4, backing id: 4), unused where handles are 0.
 """
 
@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-PAGE: Final = 4096
+HEAD: Final = 8192  # bytes; the longest path takes half of it
 SLOTS: Final = 65_536  # inodes that are open at once; the memory of those that never were is not used
 SLOT: Final = 16
-SIZE: Final = PAGE + SLOTS * SLOT
-_HEAD: Final = PAGE - 8  # bytes of JSON
-_ATTEMPTS: Final = PAGE // 4 - 2  # indexes of 4-byte words
-_OVERFLOWN: Final = PAGE // 4 - 1
+SIZE: Final = HEAD + SLOTS * SLOT
+_TEXT: Final = HEAD - 8  # bytes of JSON
+_ATTEMPTS: Final = HEAD // 4 - 2  # indexes of 4-byte words
+_OVERFLOWN: Final = HEAD // 4 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,14 @@ class Entry:
 
 
 class Ledger:
-    """On a writable buffer of at least a page and a slot; without one, in memory that ends with the process."""
+    """On a writable buffer of at least a head and a slot; without one, in memory that ends with the process."""
 
     def __init__(self, buffer: memoryview | None = None) -> None:
-        self._memory = memoryview(bytearray(2 * PAGE)) if buffer is None else buffer
+        self._memory = memoryview(bytearray(2 * HEAD)) if buffer is None else buffer
         # A store through a view of words is one instruction; `struct` would go byte by byte.
         self._words = self._memory.cast("I")
         self._inos = self._memory.cast("Q")
-        self._slots = (len(self._memory) - PAGE) // SLOT
+        self._slots = (len(self._memory) - HEAD) // SLOT
         self._at: dict[int, int] = {}  # inode → slot
         self._free: list[int] = []
         self._unused = 0  # no slot from here on was ever used
@@ -61,14 +61,14 @@ class Ledger:
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Write the JSON object. Once, before the memory is given to anybody else."""
-        text = json.dumps(facts).encode()
-        if len(text) > _HEAD:
+        text = json.dumps(facts, ensure_ascii=False).encode(errors="surrogateescape")
+        if len(text) > _TEXT:
             raise ValueError(f"{len(text)} bytes do not fit")
         self._memory[: len(text)] = text
 
     def facts(self) -> dict[str, Any]:
         """The JSON object. ValueError if there is none."""
-        facts = json.loads(bytes(self._memory[:_HEAD]).rstrip(b"\0"))
+        facts = json.loads(bytes(self._memory[:_TEXT]).rstrip(b"\0").decode(errors="surrogateescape"))
         if not isinstance(facts, dict):
             raise ValueError("not an object")  # noqa: TRY004 - of what was read, not of an argument
         return facts
@@ -131,12 +131,12 @@ class Ledger:
 
 
 def _ino(slot: int) -> int:
-    return (PAGE + slot * SLOT) // 8
+    return (HEAD + slot * SLOT) // 8
 
 
 def _handles(slot: int) -> int:
-    return (PAGE + slot * SLOT + 8) // 4
+    return (HEAD + slot * SLOT + 8) // 4
 
 
 def _backing(slot: int) -> int:
-    return (PAGE + slot * SLOT + 12) // 4
+    return (HEAD + slot * SLOT + 12) // 4

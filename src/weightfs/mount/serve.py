@@ -212,7 +212,7 @@ class _Session:
                     return  # through `finally`; raised below the nursery, which would wrap it
                 self._hold.ledger.attempts = 0
                 if self._hold.resumed:
-                    _log.info("The mount at %s goes on, with %d files that are open", path, self._inherited)
+                    _log.info("The mount at %s goes on; inodes that are open: %d", path, self._inherited)
                 if self._options.passthrough and not self._over.is_set():
                     await self._passthrough.start(path, agreed=self._connection.passthrough)
                 task_status.started(mounted)

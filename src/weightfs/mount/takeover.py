@@ -78,7 +78,7 @@ def obtain(mountpoint: Path, options: MountOptions, keeper: Keeper | None) -> Ho
         fuse, memory = inherited
         try:
             return _resume(mountpoint, options, fuse, memory)
-        except Unfit as reason:
+        except (Unfit, OSError) as reason:
             _log.warning(
                 "The mount that an earlier daemon left is detached, and made anew: %s; what was open there is cut off",
                 reason,
