@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
 
+from weightfs.core.bandwidth import Pacer
 from weightfs.core.geometry import MIB, ByteSpan, ChunkSpan
 from weightfs.core.manifest import BlobId, Policy, Trust
 from weightfs.core.plan import Limits
 from weightfs.core.ref import Ref, parse_ref
-from weightfs.engine import wire
+from weightfs.engine import reader, wire
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.committer import Committer
 from weightfs.engine.engine import Engine
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.hashing import Hasher
 from weightfs.engine.settings import EngineSettings, FillMode
+from weightfs.engine.tally import Tally
+from weightfs.engine.uncached import Uncached
+from weightfs.engine.workers import WorkerPool
 from weightfs.errors import FailureKind, ReadError
+from weightfs.store.memory import MemoryFile
+from weightfs.store.sparse import disk_errors
 from weightfs.testing.engines import running_engine
 from weightfs.testing.origin import Fault, FaultKind, Origin, open_origin
 from weightfs.testing.published import CHUNK, published_origin, sample
@@ -282,3 +291,66 @@ async def test_a_blob_removed_while_another_one_is_sealed(
             await engine.remove(str(refs[1]))
             go_on[1].set()
             await engine.complete(str(refs[0]))
+
+
+async def test_a_suspect_chunk_is_kept_when_there_are_no_descriptors_to_look_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: a good chunk was dropped, and called a fault of the disk, for want of a descriptor (EMFILE)."""
+    monkeypatch.setattr(reader, "SCARCE_SECONDS", 0)
+    async with opened(tmp_path / "cache") as (engine, _, _, blob):
+        await read(engine, blob)
+        await engine.quiet()
+        before = engine.status().fetched_bytes
+        real, failures = engine._cache.read, iter(range(2))
+
+        def scarce(blob: BlobId, span: ByteSpan) -> bytes:
+            if next(failures, None) is not None:
+                with disk_errors("open a file"):
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return real(blob, span)
+
+        monkeypatch.setattr(engine._cache, "read", scarce)
+        engine._catalog.state(blob).suspect.add(2)
+        await read(engine, blob, 2 * CHUNK, 3 * CHUNK)
+        assert next(failures, None) is None
+        assert engine._holdings.disk_faults == 0
+        assert engine.status().fetched_bytes == before
+        await engine.quiet()
+        assert engine.check() == []
+
+
+class _Jobs:
+    """A pool in which nothing happens by itself."""
+
+    def __init__(self) -> None:
+        self.submitted: list[wire.FetchJob | wire.HashJob] = []
+
+    def submit(self, job: wire.FetchJob | wire.HashJob) -> None:
+        self.submitted.append(job)
+
+    def tell(self, message: wire.TrimJob | wire.StopJob | wire.GoOn) -> None:
+        pass
+
+
+async def test_what_was_on_its_way_to_memory_when_the_chunk_list_changed_is_not_given_out(
+    tmp_path: Path,
+) -> None:
+    """Regression: it had been judged by the older list, or by none, and landed after everything else was dropped."""
+    memory, jobs = MemoryFile(), _Jobs()
+    try:
+        async with opened(tmp_path / "cache") as (engine, _, _, blob), trio.open_nursery() as nursery:
+            state = engine._catalog.state(blob)
+            pool, pacer = cast("WorkerPool", jobs), Pacer(None, {})
+            uncached = Uncached(LAZY.limits, pool, memory, pacer, Tally(), nursery)
+            uncached.want(state, ChunkSpan(0, 1))
+            (job,) = jobs.submitted
+            uncached.changed(state)
+            uncached.handle(wire.ChunkLanded(job.job, 0, "00" * 32))
+            assert not uncached.has(state, 0)
+            uncached.handle(wire.JobFailed(job.job, FailureKind.CANCELLED, "stopped"))
+            assert not uncached.has(state, 0)
+            assert uncached.planner.idle()
+            assert uncached.check() == []
+    finally:
+        memory.close()

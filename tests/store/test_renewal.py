@@ -115,3 +115,19 @@ def test_an_index_that_panicked_is_used_again(tmp_path: Path) -> None:
     with index.read() as txn:
         assert txn.get("ref", b"first") == b"1"
     index.close()
+
+
+def test_an_index_whose_last_write_failed_is_not_vouched_for_when_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the next start took the digest of pages that may be in memory only, and did not walk the file."""
+    index = Index.open(tmp_path)
+
+    def refuse(_job: object) -> None:
+        raise DiskFault("the disk refuses")
+
+    monkeypatch.setattr(index, "_attempt", refuse)
+    with pytest.raises(DiskFault):
+        index.trial()
+    index.close()
+    assert not (tmp_path / "closed").exists()

@@ -77,7 +77,10 @@ class Reloader:
         if self._engine is None:
             raise DaemonError("the mount is still being started; try again in a moment")
         async with self._one:
-            order = await trio.to_thread.run_sync(self._reread)
+            try:
+                order = await trio.to_thread.run_sync(self._reread)
+            except OSError as error:  # as when the directory in which weightfs was started is gone
+                raise DaemonError(f"the configuration cannot be read again: {error}") from error
             later = await self._engine.reload(order.engine)
             later += tuple(
                 f.name

@@ -318,7 +318,12 @@ class Reader:
                     done.set()
 
     async def _recheck_one(self, state: BlobState, chunk: int) -> None:
-        good = await trio.to_thread.run_sync(self._equals_record, state, chunk, limiter=self._disk)
+        while True:
+            try:
+                good = await trio.to_thread.run_sync(self._equals_record, state, chunk, limiter=self._disk)
+                break
+            except CacheError as error:  # nobody could look at it, which says nothing of it
+                await _wait_for_descriptors(error)
         if chunk not in state.suspect:
             return  # dropped or cleared by somebody else meanwhile
         if good:
@@ -331,10 +336,13 @@ class Reader:
             await self._holdings.drop_bad(state, [chunk])
 
     def _equals_record(self, state: BlobState, chunk: int) -> bool:
+        """CacheError: there are no descriptors."""
         try:
             record = self._cache.digests(state.id, ChunkSpan(chunk, chunk + 1)).get(chunk)
             data = self._cache.read(state.id, state.shape.span_of(chunk))
-        except CacheError:
+        except CacheError as error:
+            if _is_scarcity(error):
+                raise
             return False
         return hashlib.sha256(data).digest() == record
 

@@ -80,6 +80,7 @@ class Uncached:
         self._known: dict[BlobId, BlobState] = {}
         self._held: OrderedDict[tuple[BlobId, int], float] = OrderedDict()  # when last read, the oldest first
         self._awaited: Counter[tuple[BlobId, int]] = Counter()
+        self._lives: Counter[BlobId] = Counter()  # what began in an earlier one does not land
         self._until: dict[BlobId, float] = {}
         self._why = ""
         self._poked = trio.Event()
@@ -149,7 +150,7 @@ class Uncached:
         return self.planner.present(state.id)
 
     def _place(self, state: BlobState) -> Place:
-        return Place("", None, 0, self._memory.base(state.id, state.shape))
+        return Place("", None, self._lives[state.id], self._memory.base(state.id, state.shape))
 
     def _landed(self, state: BlobState, chunk: int, _digest: bytes, _mirror: int) -> None:
         self._touch((state.id, chunk))
@@ -164,6 +165,7 @@ class Uncached:
     def changed(self, state: BlobState) -> None:
         """Its mirrors or its chunk list have changed: what is here was judged by older ones."""
         if self._known.get(state.id) is state:
+            self._lives[state.id] += 1
             self.fetcher.abandon(state)
             self.fetcher.feed(plan.Remirrored(state.id, state.mirrors))
             self._drop(state, [chunk for blob, chunk in self._held if blob == state.id])
@@ -178,6 +180,7 @@ class Uncached:
         self.fetcher.remove(state.id)
         await self.fetcher.drained(state)
         self._memory.forget(state.id)
+        self._lives.pop(state.id, None)
 
     # ---- room
 

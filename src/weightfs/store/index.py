@@ -182,12 +182,14 @@ class Index:
         return result
 
     def close(self) -> None:
-        """Close it, and note what the file is, so that the next start need not walk it."""
+        """Close it, and note what the file is, so that the next start need not walk it; not if a write failed last."""
         with self._writer, self._gate.exclusive():
             if self._closed:
                 return
             self._closed = True
             self._env.close()
+            if self._doubted:
+                return
         data = self.directory / "data.mdb"
         with disk_errors(f"write to {self.directory}"):
             descriptor = os.open(
