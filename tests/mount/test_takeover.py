@@ -272,7 +272,7 @@ async def test_other_options_or_no_mount_any_more_is_a_new_mount(
 async def test_without_kernel_or_store_who_leaves_unmounts(
     place: Path, lacking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="weightfs")
     if lacking == "kernel":
         monkeypatch.setattr(session, "_HAS_RESEND2", 0)
     keeper = FakeKeeper(available=lacking == "kernel")
