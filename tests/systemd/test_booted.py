@@ -434,6 +434,11 @@ def test_fstab_with_automount(machine: Machine, origin: Nginx) -> None:
     _, daemon = sorted(daemon_at(machine, "/mnt/auto"), key=int)
     machine.run("kill", "-KILL", daemon)
     assert machine.run("sha256sum", model, user=NOBODY).startswith(hashlib.sha256(MODEL).hexdigest())
+    log = machine.path("/var/cache/auto/weightfs.log")
+    until(
+        lambda: log.read_text().count("Complete files are") == 2,
+        "its self-test is done, and has closed its file",
+    )
     machine.run("systemctl", "stop", "mnt-auto.automount", "mnt-auto.mount")
     assert mounted(machine) == ["/mnt/models"]
     until(lambda: not daemon_at(machine, "/mnt/auto"), "the daemon has ended")

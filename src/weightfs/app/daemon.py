@@ -47,8 +47,6 @@ RESOLVE_AT_ONCE: Final = 4
 RETRY_BASE: Final = 1.0
 RETRY_CAP: Final = 60.0
 LAYOUTS: Final = (ModelsLayout(), OllamaLayout(), HuggingFaceLayout())
-# The exit code after SIGUSR1: "start me again" (sysexits.h calls 75 a temporary failure). The units know it.
-AGAIN: Final = 75
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ class MountOrder:
 
 
 def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> int:
-    """Serve until a signal or until unmounted from outside; the exit code, which is `AGAIN` after SIGUSR1.
+    """Serve until a signal or until unmounted from outside; the exit code, which is `supervisor.AGAIN` after SIGUSR1.
 
     Args:
         order: What to do.
@@ -88,7 +86,7 @@ def run_mount(order: MountOrder, on_ready: Callable[[Sequence[str]], None]) -> i
         signum = trio.run(partial(run_until_signal, work, last_resort=detach_at_once, leave=store.leave))
     except BaseExceptionGroup as group:
         raise most_telling(group) from group
-    return AGAIN if signum == signal.SIGUSR1 else 0
+    return supervisor.AGAIN if signum == signal.SIGUSR1 else 0
 
 
 async def _serve(order: MountOrder, on_ready: Callable[[Sequence[str]], None], store: FdStore) -> None:
