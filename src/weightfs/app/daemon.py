@@ -1,8 +1,8 @@
 """`weightfs mount`: the mount first, from the index alone; then the network; and an end that leaves nothing.
 
 A ref that the cache knows is served without asking anybody. A new one is asked for once the mount is up: if
-its origin says that there is no such thing, the whole start fails; if the origin cannot be reached, the mount
-stays and asks again and again.
+its origin says that there is no such thing, the whole start fails, unless the mount was taken over, and has its
+users; if the origin cannot be reached, the mount stays and asks again and again.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ async def _greet(
         nursery.start_soon(standing.tell_status, engine)
     known = {identity(stored.manifest.ref) for stored in engine.refs()}
     new = [ref for ref in order.refs if identity(str(ref)) not in known]
-    answers = _FirstAnswers(engine, nursery)
+    answers = _FirstAnswers(engine, nursery, strict=not mounted.resumed)
     with trio.move_on_after(FIRST_ANSWERS):
         await answers.ask(new)
     on_ready(answers.warnings)
@@ -144,9 +144,13 @@ async def _greet(
 
 
 class _FirstAnswers:
-    """Asks for new refs once; whatever could not be reached is asked for again in `nursery`."""
+    """Asks for new refs once; whatever could not be reached is asked for again in `nursery`.
 
-    def __init__(self, engine: Engine, nursery: trio.Nursery) -> None:
+    `strict`: what an origin refuses for good ends the start.
+    """
+
+    def __init__(self, engine: Engine, nursery: trio.Nursery, *, strict: bool) -> None:
+        self._strict = strict
         self._engine = engine
         self._nursery = nursery
         self._limit = trio.CapacityLimiter(RESOLVE_AT_ONCE)
@@ -160,7 +164,10 @@ class _FirstAnswers:
         for one in pending:
             await one.asked.wait()
             if one.error is not None:
-                raise one.error
+                if self._strict:
+                    raise one.error
+                one.warning = f"{one.error}; the mount, which is in use, goes on without it"
+                log.error("%s", one.warning)
             if one.warning:
                 self.warnings.append(one.warning)
 
