@@ -388,7 +388,9 @@ def test_a_user_has_a_mount_of_his_own(machine: Machine, model: str) -> None:
         "it has been started again",
     )
     reads()
-    assert "The mount at /home/alice/models goes on" in machine.journal(), "without root it is taken over, too"
+    assert "The mount at /home/alice/models goes on" in machine.journal(), (
+        "without root it is taken over, too"
+    )
     alice("systemctl", "--user", "stop", "weightfs")
     assert "/home/alice/models" not in mounted(machine)
     machine.run("systemctl", "stop", "alice.service")
