@@ -125,7 +125,7 @@ def test_signals_reach_the_child(log: Path, how: int) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
         process.send_signal(signal.SIGUSR1)
-        until(lambda: log.read_text().count("serves") == 2, "the next one")
+        until(lambda: log.exists() and log.read_text().count("serves") == 2, "the next one")
         process.send_signal(how)
         returned, err = end(process)
     assert (returned, err) == (0, "")
