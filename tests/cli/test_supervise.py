@@ -114,7 +114,7 @@ SERVES = """
 def leave(*_): line("leave"); os._exit(75)
 def stop(*_): line("stop"); os._exit(0)
 signal.signal(signal.SIGUSR1, leave); signal.signal(signal.SIGTERM, stop)
-notify("READY=1"); notify("X_WEIGHTFS_STARTED=1"); line(f"serves {os.getpgrp() == os.getpid()}")
+notify("READY=1"); line(f"serves {os.getpgrp() == os.getpid()}"); notify("X_WEIGHTFS_STARTED=1")
 while True: time.sleep(60)
 """
 
