@@ -99,8 +99,9 @@ async def serve(
             handover.takeover,
             passthrough,
             _browser(engine, options),
-            trees.settled,
-            hold.ledger,
+            settled=trees.settled,
+            ledger=hold.ledger,
+            fresh=not hold.resumed,
         )
         with _rebuilding(operations, engine, trees):
             handover.attach(operations)
