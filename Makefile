@@ -18,7 +18,7 @@ help: ## Show this list.
 setup: ## Install the Debian packages and the virtual environment that the others need.
 	@.ci/setup
 
-demo: setup ## Load real models while they download: about three minutes, live.
+demo: setup ## Load two models while they download: about two minutes, live.
 	@$(BIN)/python tests/demo/demo.py $(ARGS)
 
 test: setup ## Run all the tests. ARGS='tests/core -k planner' runs some.

@@ -13,6 +13,7 @@ from weightfs.app.settings import engine_settings, fetch_settings, with_header_o
 from weightfs.config import Config, load
 from weightfs.engine import wire
 from weightfs.errors import ConfigError
+from weightfs.logs import redact
 from weightfs.sources.base import FetchSettings
 
 SECRET = "hf_SeCrEt"
@@ -78,6 +79,15 @@ def test_what_was_named_must_be_a_token(home: Path, text: str) -> None:
         with pytest.raises(ConfigError, match=says) as caught:
             hub_token(config, env)
         assert SECRET not in str(caught.value)
+        assert redact(str(caught.value)) == str(caught.value), "and the log takes nothing of it for a secret"
+
+
+def test_a_credential_that_cannot_be_read_is_said_in_full(home: Path) -> None:
+    service = {"CREDENTIALS_DIRECTORY": str(put(home / "creds" / "hf-token", "").parent)}
+    (home / "creds" / "hf-token").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="is not text") as caught:
+        hub_token(config_of(home), service)
+    assert redact(str(caught.value)) == str(caught.value)
 
 
 def test_a_file_that_was_named_must_be_there(home: Path) -> None:

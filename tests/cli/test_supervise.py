@@ -114,7 +114,7 @@ SERVES = """
 def leave(*_): line("leave"); os._exit(75)
 def stop(*_): line("stop"); os._exit(0)
 signal.signal(signal.SIGUSR1, leave); signal.signal(signal.SIGTERM, stop)
-notify("READY=1"); notify("X_WEIGHTFS_STARTED=1"); line(f"serves {os.getpgrp() == os.getpid()}")
+notify("READY=1"); line(f"serves {os.getpgrp() == os.getpid()}"); notify("X_WEIGHTFS_STARTED=1")
 while True: time.sleep(60)
 """
 
@@ -125,7 +125,7 @@ def test_signals_reach_the_child(log: Path, how: int) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
         process.send_signal(signal.SIGUSR1)
-        until(lambda: log.read_text().count("serves") == 2, "the next one")
+        until(lambda: log.exists() and log.read_text().count("serves") == 2, "the next one")
         process.send_signal(how)
         returned, err = end(process)
     assert (returned, err) == (0, "")

@@ -1,4 +1,4 @@
-"""Load real models while they download: the whole of weightfs in about two minutes, live, on this machine.
+"""Load models while they download: the whole of weightfs in about two minutes, live, on this machine.
 
 Makes a GGUF and a safetensors file of 270 MB each, publishes both on two mirrors behind one link of limited
 rate, and does with them what people do; weightfs is driven through its command line only. Every claim is
@@ -78,7 +78,7 @@ class Story:
         """Make both files, publish them."""
         stage, screen = self.stage, self.screen
         rate = f"{stage.rate / MB:.0f} MB/s"
-        screen.step("", f"Two real models, two mirrors, one link of {rate} for all connections together")
+        screen.step("", f"Two models, two mirrors, one link of {rate} for all connections together")
         make_gguf(stage.files / GGUF, DEMO_SHAPE)
         make_safetensors(stage.files / SAFETENSORS, DEMO_SHAPE)
         for name in (GGUF, SAFETENSORS):

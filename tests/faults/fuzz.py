@@ -232,9 +232,8 @@ def round_of(
         status = life(root, files, report)
         ends.append(os.waitstatus_to_exitcode(status))
         texts.append(report.read_text())
-    stubborn = what == "data: put_directory"  # a person's doing, who is told of it
     loops = any(first != RIGHT != second for first, second in itertools.pairwise(ends))
-    at_fault = loops is not stubborn or WRONG in ends or BROKEN in ends
+    at_fault = loops or WRONG in ends or BROKEN in ends
     at_fault = at_fault or (ends[0] < 0 and not what.endswith("unseen"))
     return {"round": number, "damage": what, "ends": ends, "texts": texts, "fault": at_fault}
 

@@ -117,6 +117,27 @@ def report(what: str, waits: dict[str, list[tuple[float, float]]], events: list[
     return "\n".join(lines)
 
 
+def test_a_ref_that_cannot_be_had_does_not_cut_off_who_reads(tmp_path: Path, nginx: Nginx) -> None:
+    """At a first start it is exit code 3; a mount that was taken over has its users."""
+    ref, plain = nginx.url("m.bin"), nginx.root / "m.bin"
+    config = tmp_path / "config.toml"
+    config.write_text("")
+    options = ["--supervise", "--config", str(config), "--fill", "never", "--workers", "0"]
+    with Daemon(tmp_path, ref, options=options) as daemon:
+        daemon.start()
+        riders = Riders(daemon, ref, plain)
+        config.write_text(f'refs = ["{nginx.url("none.bin")}"]\n')
+        pid = serving(daemon)
+        os.kill(pid, signal.SIGUSR1)
+        until(partial(is_gone, pid), "it is gone")
+        daemon.ready()
+        until(lambda: "the mount, which is in use, goes on without it" in daemon.log, "it says so")
+        riders.go_on()
+        riders.ended()
+        assert daemon.stop() == 0
+    check(tmp_path / "cache")
+
+
 @pytest.mark.parametrize("passthrough", ["--no-passthrough", "--passthrough"])
 def test_readers_go_on_through_restarts_and_kills(tmp_path: Path, nginx: Nginx, passthrough: str) -> None:
     ref, plain = nginx.url("m.bin"), nginx.root / "m.bin"

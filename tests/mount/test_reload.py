@@ -39,9 +39,14 @@ def test_what_counts_at_once_and_what_at_the_next_start(tmp_path: Path, refs: li
         user = daemon.client(USES, one, talk=True)
         assert user.stdout is not None
         user.stdout.readline()
-        daemon.config.write_text(f'max-size = "2GiB"\nrefs = ["{two}"]\nmax-jobs = 3\nallow-other = true\n')
+        daemon.config.write_text(
+            f'max-size = "2GiB"\nrefs = ["{two}"]\nmax-jobs = 3\nallow-other = true\nmetrics-listen = "127.0.0.1:1"\n'
+        )
         told = json.loads(daemon.cli("reload", "--json").stdout)
-        assert told == {"at_next_start": ["max-jobs, retry or retry-delay", "allow-other"], "added": [two]}
+        assert told == {
+            "at_next_start": ["max-jobs, retry or retry-delay", "allow-other", "metrics-listen"],
+            "added": [two],
+        }
         until(lambda: two in [ref["ref"] for ref in daemon.status()["refs"]], "the new ref is there")
         assert daemon.status()["limit_bytes"] == 2 << 30
         assert daemon.run("print(len(open(path, 'rb').read()))", two) == str(SIZE)

@@ -171,7 +171,7 @@ async def test_a_file_that_is_passed_through_stays_so(
     place: Path, keeper: FakeKeeper, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The backing id is the connection's: another one for an inode that is open would be EIO."""
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="weightfs")
     async with AsyncExitStack() as clients:
         async with life(place, keeper, served=engine(tmp_path)) as mounted:
             if "Complete files are passed through" not in caplog.text:
@@ -272,7 +272,7 @@ async def test_other_options_or_no_mount_any_more_is_a_new_mount(
 async def test_without_kernel_or_store_who_leaves_unmounts(
     place: Path, lacking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="weightfs")
     if lacking == "kernel":
         monkeypatch.setattr(session, "_HAS_RESEND2", 0)
     keeper = FakeKeeper(available=lacking == "kernel")

@@ -59,6 +59,7 @@ class Measure:
     rss: int
     descriptors: int
     threads: int
+    tasks: int
 
 
 @dataclass
@@ -282,6 +283,7 @@ class Soak:
             process.send_signal(signal.SIGSTOP)
         until(lambda: not self.daemon.status()["jobs"], "nothing is in flight")
         status = self.daemon.status()
+        tasks = self.daemon.ask(lambda client: client.stacks())["tasks"]
         pids = [status["pid"], *status["worker_pids"]]
         values = [
             dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
@@ -293,6 +295,7 @@ class Soak:
                 sum(int(one["VmRSS"].split()[0]) * 1024 for one in values),
                 sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
                 sum(int(one["Threads"]) for one in values),
+                sum(stack["count"] for stack in tasks),
             )
         )
         for process, _ in self.clients:
@@ -304,7 +307,12 @@ class Soak:
             return
         third = len(self.report.measures) // 3
         first, last = self.report.measures[:third], self.report.measures[-third:]
-        for what, factor, spare in (("rss", GROWTH, SLACK), ("descriptors", 1, SPARE), ("threads", 1, SPARE)):
+        for what, factor, spare in (
+            ("rss", GROWTH, SLACK),
+            ("descriptors", 1, SPARE),
+            ("threads", 1, SPARE),
+            ("tasks", 1, SPARE),
+        ):
             before, after = (statistics.median(getattr(one, what) for one in part) for part in (first, last))
             if after > before * factor + spare:
                 self.report.problems.append(f"{what} grew from {before:.0f} to {after:.0f}")
@@ -373,7 +381,8 @@ def text_of(report: Report) -> str:
         "errors while they were due: "
         + (", ".join(f"{n} {e}" for e, n in sorted(report.errors.items())) or "none"),
         *(
-            f"after {one.at:5.0f} s: {one.rss / MIB:.0f} MiB, {one.descriptors} descriptors, {one.threads} threads"
+            f"after {one.at:5.0f} s: {one.rss / MIB:.0f} MiB, {one.descriptors} descriptors, {one.threads} threads, "
+            f"{one.tasks} tasks"
             for one in report.measures
         ),
         *(f"PROBLEM: {problem}" for problem in report.problems[:50]),

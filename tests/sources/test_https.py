@@ -42,13 +42,6 @@ SHA = hashlib.sha256(DATA).digest()
 PATH, LIST, SIGNATURE = "/d/m.gguf", "/d/m.gguf.meta4", "/d/m.gguf.meta4.minisig"
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-
-
 @pytest.fixture
 def autojump_clock() -> MockClock:
     return MockClock(autojump_threshold=0.05)

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import random
 import tarfile
 from collections.abc import AsyncIterator, Iterator
@@ -35,12 +34,6 @@ CNCF = "application/vnd.cncf.model."
 TAR = "application/vnd.oci.image.layer.v1.tar"
 FILEPATH = "org.cncf.model.filepath"
 MODEL = "application/vnd.cncf.model.manifest.v1+json"
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -40,12 +39,6 @@ from weightfs.testing.sources import SourceTests, read_entry
 GGUF = b"GGUF" + random.Random(5).randbytes(3 * MIB)
 PARTS = {"model": GGUF, "template": b"{{ .Prompt }}", "params": b'{"stop":["x"]}', "license": b"free"}
 MANIFEST = "/v2/library/m/manifests/latest"
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -32,13 +32,6 @@ TAG = f'"{hashlib.sha256(DATA).hexdigest()[:16]}"'
 K = FaultKind
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-
-
 @pytest.fixture
 def clock() -> MockClock:
     # Autojump skips waiting; the threshold leaves the loopback sockets the time to deliver.

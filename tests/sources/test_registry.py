@@ -8,7 +8,6 @@ import http.client
 import ipaddress
 import json
 import logging
-import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -59,12 +58,6 @@ PARTS = {"model": GGUF, "template": b"{{ .Prompt }}"}
 NAME = "library/x:latest"
 BLOB, REALM = "/v2/library/x/blobs/sha256:00", "/token"
 DATA = random.Random(8).randbytes(100_000)
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -36,13 +36,6 @@ PATH = "/m.gguf"
 SPAN = ByteSpan(10, 1_400_000)
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-
-
 @dataclass
 class Proxy:
     """A forward and CONNECT proxy; `heads` are the requests it got; `refuse` is a status for CONNECT."""

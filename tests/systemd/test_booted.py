@@ -448,6 +448,9 @@ def test_a_user_has_a_mount_of_his_own(machine: Machine, model: str) -> None:
         "it has been started again",
     )
     reads()
+    assert "The mount at /home/alice/models goes on" in machine.journal(), (
+        "without root it is taken over, too"
+    )
     alice("systemctl", "--user", "stop", "weightfs")
     assert "/home/alice/models" not in mounted(machine)
     machine.run("systemctl", "stop", "alice.service")
@@ -494,6 +497,11 @@ def test_fstab_with_automount(machine: Machine, origin: Nginx) -> None:
     _, daemon = sorted(daemon_at(machine, "/mnt/auto"), key=int)
     machine.run("kill", "-KILL", daemon)
     assert machine.run("sha256sum", model, user=NOBODY).startswith(hashlib.sha256(MODEL).hexdigest())
+    log = machine.path("/var/cache/auto/weightfs.log")
+    until(
+        lambda: log.read_text().count("Complete files are") == 2,
+        "its self-test is done, and has closed its file",
+    )
     machine.run("systemctl", "stop", "mnt-auto.automount", "mnt-auto.mount")
     assert mounted(machine) == ["/mnt/models"]
     until(lambda: not daemon_at(machine, "/mnt/auto"), "the daemon has ended")

@@ -53,9 +53,8 @@ def hub_token_and_place(config: Config, env: Mapping[str, str]) -> tuple[str, st
         return _token_of_file(config.hf_token_file, "hf-token-file"), f"hf-token-file {config.hf_token_file}"
     credential = _credential(env, HUB_CREDENTIAL)
     if credential is not None:
-        return _token_of_file(
-            credential, f"the credential {HUB_CREDENTIAL}"
-        ), f"the credential {HUB_CREDENTIAL}"
+        place = f"the credential {HUB_CREDENTIAL} of the service"
+        return _token_of_file(credential, place), place
     path = _clients_token_file(env)
     if not is_there(path):
         return "", ""
@@ -111,5 +110,6 @@ def _token(text: str, place: str) -> str:
     except ValueError:
         token = ""
     if not token or " " in token:
-        raise ConfigError(f"{place} holds no token: one line of letters and digits such as hf_…")
+        # No colon after "token": the log takes what follows for one.
+        raise ConfigError(f"{place} holds no token; that is one line of letters and digits such as hf_…")
     return token

@@ -1,8 +1,8 @@
 """`weightfs mount`: the mount first, from the index alone; then the network; and an end that leaves nothing.
 
 A ref that the cache knows is served without asking anybody. A new one is asked for once the mount is up: if
-its origin says that there is no such thing, the whole start fails; if the origin cannot be reached, the mount
-stays and asks again and again.
+its origin says that there is no such thing, the whole start fails, unless the mount was taken over, and has its
+users; if the origin cannot be reached, the mount stays and asks again and again.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ RESOLVE_AT_ONCE: Final = 4
 RETRY_BASE: Final = 1.0
 RETRY_CAP: Final = 60.0
 LAYOUTS: Final = (ModelsLayout(), OllamaLayout(), HuggingFaceLayout())
-# The exit code after SIGUSR1: "start me again" (sysexits.h calls 75 a temporary failure). The units know it.
-AGAIN: Final = 75
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +72,7 @@ class MountOrder:
 def run_mount(
     order: MountOrder, on_ready: Callable[[Sequence[str]], None], reread: Callable[[], MountOrder]
 ) -> int:
-    """Serve until a signal or until unmounted from outside; the exit code, which is `AGAIN` after SIGUSR1.
+    """Serve until a signal or until unmounted from outside; the exit code, which is `supervisor.AGAIN` after SIGUSR1.
 
     Args:
         order: What to do.
@@ -99,7 +97,7 @@ def run_mount(
         signum = trio.run(partial(run_until_signal, work, last_resort=detach_at_once, leave=store.leave))
     except BaseExceptionGroup as group:
         raise most_telling(group) from group
-    return AGAIN if signum == signal.SIGUSR1 else 0
+    return supervisor.AGAIN if signum == signal.SIGUSR1 else 0
 
 
 async def _serve(
@@ -168,7 +166,7 @@ async def _greet(
         await nursery.start(reloader.on_hangup)  # in a terminal that is closed SIGHUP means something else
     known = {identity(stored.manifest.ref) for stored in engine.refs()}
     new = [ref for ref in order.refs if identity(str(ref)) not in known]
-    answers = _FirstAnswers(engine, nursery)
+    answers = _FirstAnswers(engine, nursery, strict=not mounted.resumed)
     with trio.move_on_after(FIRST_ANSWERS):
         await answers.ask(new)
     reloader.serve(engine, answers.begin)
@@ -177,9 +175,13 @@ async def _greet(
 
 
 class _FirstAnswers:
-    """Asks for new refs once; whatever could not be reached is asked for again in `nursery`."""
+    """Asks for new refs once; whatever could not be reached is asked for again in `nursery`.
 
-    def __init__(self, engine: Engine, nursery: trio.Nursery) -> None:
+    `strict`: what an origin refuses for good ends the start.
+    """
+
+    def __init__(self, engine: Engine, nursery: trio.Nursery, *, strict: bool) -> None:
+        self._strict = strict
         self._engine = engine
         self._nursery = nursery
         self._limit = trio.CapacityLimiter(RESOLVE_AT_ONCE)
@@ -190,7 +192,10 @@ class _FirstAnswers:
         for one in self._begin(refs):
             await one.asked.wait()
             if one.error is not None:
-                raise one.error
+                if self._strict:
+                    raise one.error
+                one.warning = f"{one.error}; the mount, which is in use, goes on without it"
+                log.error("%s", one.warning)
             if one.warning:
                 self.warnings.append(one.warning)
 

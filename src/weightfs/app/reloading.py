@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import trio
@@ -49,6 +50,16 @@ class Order(Protocol):
         """A dataclass."""
         ...
 
+    @property
+    def cache(self) -> Path:
+        """The cache directory."""
+        ...
+
+    @property
+    def metrics_listen(self) -> tuple[str, int] | None:
+        """Where metrics are served, beside the control socket."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
@@ -56,6 +67,11 @@ class Reloaded:
 
     at_next_start: tuple[str, ...]
     added: tuple[str, ...]
+
+
+def _differing(one: Any, other: Any) -> tuple[str, ...]:
+    """The names of the fields of a dataclass in which the two differ."""
+    return tuple(f.name for f in fields(one) if getattr(one, f.name) != getattr(other, f.name))
 
 
 class Reloader:
@@ -82,10 +98,9 @@ class Reloader:
             except OSError as error:  # as when the directory in which weightfs was started is gone
                 raise DaemonError(f"the configuration cannot be read again: {error}") from error
             later = await self._engine.reload(order.engine)
+            later += _differing(self._began.mount, order.mount)
             later += tuple(
-                f.name
-                for f in fields(order.mount)
-                if getattr(order.mount, f.name) != getattr(self._began.mount, f.name)
+                n for n in ("cache", "metrics_listen") if getattr(order, n) != getattr(self._began, n)
             )
             names = tuple(NAMES.get(name, name.replace("_", "-")) for name in later)
             known = {identity(stored.manifest.ref) for stored in self._engine.refs()}

@@ -1,11 +1,11 @@
 """`weightfs mount --supervise`: a small parent that keeps a mount alive from one daemon to the next, without systemd.
 
 It is a service manager of one service, and speaks systemd's protocol to it: the daemon hands over its descriptors by
-sd_notify(3), and a later one gets them by sd_listen_fds(3). Rules. Nothing here but the standard library, one thread,
-and no work: what does nothing has nothing to die of. Only the child itself is believed (the kernel adds its pid to each
-message). The next child is started when the last one has been reaped, so that two never serve one mount. A child that
-ends with 0 was unmounted, and the supervisor ends; `FINAL` codes do not mend by trying again; SIGTERM, SIGINT and
-SIGHUP unmount; SIGUSR1 starts the child anew, with the code that is installed then; SIGUSR2 is the child's alone.
+sd_notify(3), and a later one gets them by sd_listen_fds(3). Rules. The standard library alone, one thread, and no work:
+what does nothing has nothing to die of. Only the child itself is believed (the kernel adds its pid to each message).
+The next child is started when the last one has been reaped, so that two never serve one mount. A child that ends with 0
+was unmounted, and the supervisor ends; `FINAL` codes do not mend by trying again; SIGTERM, SIGINT and SIGHUP unmount;
+SIGUSR1 starts the child anew, with the code that is installed then; SIGUSR2 is the child's alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Never
 
+from weightfs.app import notify
+
 FAILED_STARTS: Final = 5  # in a row, before it is given up
 PAUSE: Final = 0.1  # seconds before a start after a child that served; doubled after each that did not
 MAX_PAUSE: Final = 5.0
 STOP_SECONDS: Final = 30.0  # for a child to end that was told to; then it is killed. As TimeoutStopSec=
+AGAIN: Final = 75  # the child's exit code after SIGUSR1 (EX_TEMPFAIL of sysexits.h); our units know it
 FINAL: Final = frozenset({2, 3})  # wrong settings; a new ref that its origin does not know
 MAX_KEPT: Final = 4  # descriptors, as FileDescriptorStoreMax= of our units
 MAX_MESSAGE: Final = 4096
@@ -115,7 +118,7 @@ class Supervisor:
                 return code
             if not served:
                 _say(f"the daemon ended before it served (exit code {code}), and is started again")
-            elif code != 75:
+            elif code != AGAIN:
                 _say(f"the daemon ended (exit code {code}), and is started again; what is open waits for it")
             if self._told_to_stop(selector, signals):
                 return code
@@ -220,7 +223,7 @@ class Supervisor:
     def _take(self, words: Mapping[str, str], fds: list[int]) -> list[int]:
         """Do as the message says; the descriptors that were not kept."""
         name = words.get("FDNAME", "")
-        if words.get("X_WEIGHTFS_STARTED") == "1":
+        if words.get(notify.STARTED) == "1":
             started, self._on_started = self._on_started, lambda: None
             started()
         if words.get("FDSTOREREMOVE") == "1" and name in self._kept:

@@ -46,6 +46,7 @@ Exit codes:
   6    the mount point, /dev/fuse or fusermount3
   7    the daemon did not answer, or ended before it served
   8    weightfs doctor found a problem
+  75   a mount was told by SIGUSR1 to make room for the next daemon: start it again
   130  stopped by Ctrl-C (143: by SIGTERM); what has landed is kept
 
 \b

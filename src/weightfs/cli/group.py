@@ -94,10 +94,17 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 def say(text: str, level: Literal["WARNING", "ERROR"] = "WARNING") -> None:
     """One line on stderr, without secrets; in a service's journal with its priority."""
     from weightfs.journal import is_journal
-    from weightfs.logs import PRIORITIES, one_line, redact
+    from weightfs.logs import PRIORITIES
 
     priority = PRIORITIES[level] if is_journal(sys.stderr) else ""
-    click.echo(f"{priority}weightfs: {one_line(redact(text))}", err=True)
+    click.echo(f"{priority}weightfs: {presentable(text)}", err=True)
+
+
+def presentable(text: str) -> str:
+    """One line without secrets, and without a full stop."""
+    from weightfs.logs import one_line, redact
+
+    return one_line(redact(_sentence(text)))
 
 
 def _sentence(text: str) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from weightfs.cli.group import examples, say
+from weightfs.cli.group import examples, presentable, say
 from weightfs.cli.options import (
     cache_options,
     fetch_options,
@@ -21,7 +21,7 @@ from weightfs.cli.options import (
     parse_refs,
     set_up_logging,
 )
-from weightfs.errors import UsageError
+from weightfs.errors import UsageError, WeightfsError
 
 if TYPE_CHECKING:
     from weightfs.app.daemon import MountOrder
@@ -29,6 +29,21 @@ if TYPE_CHECKING:
 
 # After the unmount the daemon commits, seals nothing more, and closes; it is bounded itself.
 DAEMON_END: Final = 20.0  # seconds
+
+
+@contextlib.contextmanager
+def _failure_as_status() -> Iterator[None]:
+    """What `mount` fails of is its last STATUS: `systemctl status` shows it also when it has given up trying.
+
+    Of the journal it shows the last try alone, which was never made.
+    """
+    try:
+        yield
+    except WeightfsError as error:
+        from weightfs.app.notify import notify
+
+        notify(f"STATUS={presentable(str(error))}")
+        raise
 
 
 @click.command(
@@ -77,6 +92,7 @@ DAEMON_END: Final = 20.0  # seconds
 @fetch_options
 @cache_options
 @click.pass_context
+@_failure_as_status()
 def mount(
     ctx: click.Context, /, mountpoint: str, refs: tuple[str, ...], detach: bool, supervise: bool, **_: object
 ) -> int:

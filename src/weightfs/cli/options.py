@@ -65,7 +65,9 @@ cache_options = _stack(
 )  # fmt: skip
 
 fetch_options = _stack(
-    click.option("--retry", metavar="N", help="Give up after N retries in a row.  [default: 5]"),
+    click.option(
+        "--retry", metavar="N", help="Give up after N retries in a row.  [default: 5; mount: never]"
+    ),
     click.option(
         "--retry-delay", metavar="S", help="Base of the growing pause between retries.  [default: 0.5s]"
     ),

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def reload(ctx: click.Context, /, as_json: bool, **_: object) -> int:
     """Have the mount that has the cache read its configuration file, tokens and credentials again.
 
-    New refs, limits of the cache, bandwidth, read-timeout, and everything about origins count from then on. The rest is
-    named, and counts from the next start. A configuration that is wrong is refused, and the old one stays.
+    New refs, limits of the cache, bandwidth, read-timeout, logging, and how origins are reached count from then on. The
+    rest counts from the next start. A configuration that is wrong is refused, and the old one stays.
     """
     config = load_config(ctx)
 

@@ -51,7 +51,8 @@ def listening(path: Path) -> Iterator[trio.socket.SocketType]:
     except OSError as error:
         sock.close()
         raise DaemonError(
-            f"the control socket {path} cannot be made: {error.strerror}; `weightfs status` cannot reach us"
+            f"the control socket {path} cannot be made: {error.strerror}; no command reaches this process: remove "
+            "what is there, or choose another cache directory"
         ) from None
     sock.setblocking(False)
     wrapped = trio.socket.from_stdlib_socket(sock)

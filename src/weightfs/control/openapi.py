@@ -137,7 +137,7 @@ def _schemas() -> dict[str, Schema]:
     error["properties"]["failure"] = one_of(FailureKind)
     job = record(
         job=TEXT,
-        kind=one_of(("fill", "verify")),
+        kind=one_of(("fill", "verify", "repair")),
         refs=many(TEXT),
         state=one_of(_JOB_STATES),
         progress=ANYTHING,
@@ -306,6 +306,7 @@ def _paths() -> dict[str, dict[str, Schema]]:
                 "reload",
                 "Read the configuration again.",
                 record(at_next_start=many(TEXT), added=many(TEXT)),
+                body=_body(),
             )
         },
         "/v1/gc": {
@@ -322,6 +323,14 @@ def _paths() -> dict[str, dict[str, Schema]]:
                 "Begin to hash again what is cached of the refs, of all if none is named.",
                 _ref("Job"),
                 body=_body(also={"refs": texts, "repair": FLAG}),
+            )
+        },
+        "/v1/repair": {
+            "post": _operation(
+                "repair",
+                "Begin to fetch again what is wrong of the refs, of all if none is named.",
+                _ref("Job"),
+                body=_body(also={"refs": texts}),
             )
         },
         "/v1/headers": {

@@ -257,7 +257,8 @@ async def _job(operations: Operations, request: Request) -> Document:
     return await operations.job(request.path_params["job"], wait=_seconds(request))
 
 
-async def _reload(operations: Operations, _: Request) -> Document:
+async def _reload(operations: Operations, request: Request) -> Document:
+    await _body(request)  # else the answer might come, and the connection end, before all of it is sent
     return await operations.reload()
 
 

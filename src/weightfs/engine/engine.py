@@ -465,6 +465,11 @@ class Engine:
             self._tally.read_failures[error.kind] += 1
             raise
 
+    def refuted(self, id: BlobId) -> int:  # noqa: A002 - the contract's name
+        """How often the blob was found to be wrong as a whole, since the start; 0 if there is none."""
+        state = self._catalog.get(id)
+        return 0 if state is None else state.refuted
+
     def opened(self, id: BlobId) -> None:  # noqa: A002 - the contract's name
         """A handle was opened: fetch head and tail, and fill if the mode says so. Never waits, never fails."""
         state = self._catalog.get(id)

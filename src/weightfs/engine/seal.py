@@ -171,6 +171,7 @@ class Sealer:
             return
         else:
             state.trust = Trust.QUARANTINED
+            state.refuted += 1
             state.faults.refuted()
             log.error(
                 "%s is quarantined: its %s is %s where %s was promised, although every chunk is as it was "

@@ -25,7 +25,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, InodeT, ModeT, StatvfsData
 
 from weightfs.core.geometry import ByteSpan
-from weightfs.core.manifest import Blob
+from weightfs.core.manifest import Blob, BlobId
 from weightfs.errors import ReadError
 from weightfs.logs import about
 from weightfs.mount.attributes import PAGE, Attributes, extended
@@ -50,6 +50,8 @@ from weightfs.mount.penance import Penance, Sentence
 from weightfs.mount.ports import MountedEngine, Status
 from weightfs.mount.requests import OverdueError
 from weightfs.mount.stats import MountStats
+
+MAX_STALE = 100_000  # inodes; with more, what was not opened since is dropped at its next open
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,7 +107,10 @@ def _guarded(
 
 
 class WeightOperations(pyfuse3.Operations):
-    """The handlers. `on_init` runs inside pyfuse3's `init` operation (the descriptor changes hands there)."""
+    """The handlers. `on_init` runs inside pyfuse3's `init` operation (the descriptor changes hands there).
+
+    `fresh`: the kernel has no pages yet; else an earlier daemon served this mount, and they may be of any blob.
+    """
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -119,8 +124,10 @@ class WeightOperations(pyfuse3.Operations):
         on_init: Callable[[], None],
         passthrough: Passthrough | None = None,
         browser: Browser | None = None,
+        *,
         settled: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
         ledger: Ledger | None = None,
+        fresh: bool = True,
     ) -> None:
         super().__init__()
         self._ledger = Ledger() if ledger is None else ledger
@@ -133,7 +140,10 @@ class WeightOperations(pyfuse3.Operations):
         self._passthrough = passthrough or Passthrough()
         self._browser = browser
         self._open: dict[int, _Open] = {}
-        self._kept: set[int] = set()  # inodes whose pages in the kernel are of the blob as it is pinned now
+        self._fresh = fresh
+        # Inodes whose pages in the kernel are of the blob as it is pinned now, and how often it had been refuted then.
+        self._kept: dict[int, int] = {}
+        self._stale: set[int] = set()  # those that may be of a blob that was removed, and is pinned again
         self._penance = Penance()
         self._stopping = trio.Event()
         self._about = Attributes()
@@ -146,6 +156,7 @@ class WeightOperations(pyfuse3.Operations):
         decided = trio.Event()
         decided.set()
         held = _Open(node if isinstance(node, RegularNode) else None, entry.handles, decided)
+        self._kept[entry.ino] = 0  # somebody has had it open all the time
         if entry.backing:
             held.backing = entry.backing
             self._passthrough.lent += 1
@@ -159,7 +170,13 @@ class WeightOperations(pyfuse3.Operations):
         """Replace the tree of names, as of `now` (seconds since 1970, the directories' mtime)."""
         self._namespace = namespace
         self._about.changed_at = now
-        self._kept = {inode for inode in self._kept if namespace.node(inode) is not None}
+        gone = [inode for inode in self._kept if namespace.node(inode) is None]
+        for inode in gone:
+            del self._kept[inode]
+        self._stale.update(gone)
+        if len(self._stale) > MAX_STALE:
+            self._fresh = False
+            self._stale.clear()
 
     def stop_holding(self) -> None:
         """From now on failing reads are answered at once: the mount is about to go."""
@@ -278,10 +295,21 @@ class WeightOperations(pyfuse3.Operations):
                 else:  # the kernel has no handle that it would release
                     self._forgotten(inode, self._released(inode))
                 raise
-        # A blob that was removed and pinned again may have been wrong before: its first open drops the old pages.
-        kept = inode in self._kept or isinstance(node, InlineNode)
-        self._kept.add(inode)
+        kept = isinstance(node, InlineNode) or self._has_right_pages(inode, node.blob.id)
         return FileInfo(fh=FileHandleT(inode), keep_cache=kept)
+
+    def _has_right_pages(self, inode: int, blob: BlobId) -> bool:
+        """Whether what the kernel may have of it is right as far as is known; else this open drops it.
+
+        A blob that was quarantined since, or removed and pinned again, may have been wrong. Where nothing can be wrong,
+        nothing is dropped: who drops pages waits, and cannot be killed, while somebody reads one that is not there yet.
+        """
+        refuted = self._engine.refuted(blob)
+        unseen = 0 if self._fresh and inode not in self._stale else None
+        right = self._kept.get(inode, unseen) == refuted
+        self._kept[inode] = refuted
+        self._stale.discard(inode)
+        return right
 
     def _note_opened(self, node: RegularNode) -> None:
         if isinstance(node, InlineNode):

@@ -63,6 +63,10 @@ class MountedEngine(Protocol):
         """
         ...
 
+    def refuted(self, id: BlobId, /) -> int:  # noqa: A002 - the contract's name
+        """How often the blob was found to be wrong as a whole, since the start; 0 if there is none. Memory."""
+        ...
+
     def opened(self, id: BlobId, /) -> None:  # noqa: A002 - the contract's name
         """A handle was opened. Never waits, never fails."""
         ...

@@ -49,6 +49,7 @@ class Mounted:
     path: Path
     device: str  # major:minor in mountinfo; the minor number is the FUSE connection's
     stats: MountStats
+    resumed: bool = False  # it was another daemon's before, and is in use
     _limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
 
     async def probe(self, timeout: float = PROBE_TIMEOUT) -> bool:  # noqa: ASYNC109 - part of the question
@@ -99,8 +100,9 @@ async def serve(
             handover.takeover,
             passthrough,
             _browser(engine, options),
-            trees.settled,
-            hold.ledger,
+            settled=trees.settled,
+            ledger=hold.ledger,
+            fresh=not hold.resumed,
         )
         with _rebuilding(operations, engine, trees):
             handover.attach(operations)
@@ -197,7 +199,7 @@ class _Session:
 
     async def _serve(self, stats: MountStats, task_status: trio.TaskStatus[Mounted]) -> None:
         path = self._connection.path
-        mounted = Mounted(path, self._connection.device, stats)
+        mounted = Mounted(path, self._connection.device, stats, self._hold.resumed)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._loop)
             nursery.start_soon(self._make_trees)

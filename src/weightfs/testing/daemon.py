@@ -20,6 +20,7 @@ from typing import Any, Self, TypeVar
 
 import trio
 
+from weightfs.app import registry
 from weightfs.control.client import ControlClient, find_daemon
 from weightfs.core.ref import parse_ref, tree_of
 from weightfs.errors import DaemonError
@@ -129,7 +130,9 @@ class Daemon:
         except DaemonError:
             return False  # it does not listen yet
         shown = {ref["ref"] for ref in status["refs"]}
-        return bool(mounts_at(self.mountpoint)) and status["role"] == "mount" and refs <= shown
+        # What is mounted there may still be the dead mount of an earlier life: who serves it registers himself.
+        serves = registry.daemon_of(self.mountpoint, self._environment()) == status["pid"]
+        return serves and bool(mounts_at(self.mountpoint)) and refs <= shown
 
     def stop(self) -> int:
         """SIGTERM, and the exit code. AssertionError if the daemon does not end."""

@@ -204,6 +204,10 @@ class FakeEngine:
         file = self._by_id.get(id)
         return file.path if file is not None and file.present == file.blob.size else None
 
+    def refuted(self, id: BlobId) -> int:  # noqa: A002, ARG002 - the contract's name; nothing is
+        """Never."""
+        return 0
+
     def opened(self, id: BlobId) -> None:  # noqa: A002 - the contract's name
         """Count handles."""
         if id in self._by_id:  # else it was removed while its name was still cached
