@@ -258,8 +258,13 @@ class Passthrough:
     async def lend(self, path: Path, size: int) -> int | None:
         """Register a cache file; its backing id, or None, with the reason in the log. Never waits long, never fails."""
         opening = _Opening(path, size)
-        with trio.move_on_after(LEND_TIMEOUT):
-            await trio.to_thread.run_sync(opening.run, abandon_on_cancel=True)
+        try:
+            with trio.move_on_after(LEND_TIMEOUT):
+                await trio.to_thread.run_sync(opening.run, abandon_on_cancel=True)
+        except trio.Cancelled:  # nobody waits: the request was answered, or has gone
+            if (late := opening.take()) >= 0:
+                os.close(late)
+            raise
         fd = opening.take()
         if fd < 0:
             _log.warning("%s is not passed through: %s", path, opening.reason)
