@@ -74,7 +74,9 @@ def test_killed_amid_a_fill_then_offline_then_stopped_amid_it_then_whole(
     tmp_path: Path, nginx: Nginx, plain: Path
 ) -> None:
     ref = nginx.url(plain.name)
-    with Daemon(tmp_path, ref, options=["--fill", "all", "--workers", "1"]) as daemon:
+    # So slow that a busy machine kills it amid the fill.
+    options = ["--fill", "all", "--workers", "1", "--bandwidth", "20MiB"]
+    with Daemon(tmp_path, ref, options=options) as daemon:
         daemon.start()
         until(lambda: daemon.file(ref)["sealed_chunks"] >= 8, "the fill is on its way")
         workers = daemon.status()["worker_pids"]

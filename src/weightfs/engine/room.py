@@ -270,7 +270,9 @@ class Room:
         for state in self._refused.values():
             state.no_room = None
         self._refused.clear()
-        if self.trouble and not self._paused and not self._planner.short() and self._could_fit():
+        # Read-ahead of what was closed since may wait for ever, and is nobody's trouble.
+        wanted = any(self._asked_for(state) for state in self._short_states())
+        if self.trouble and not self._paused and not wanted and self._could_fit():
             log.info("there is room in the cache again")
             self.trouble = ""
 

@@ -84,6 +84,7 @@ class Upkeep:
             for _, state in files.values():
                 state.completing -= 1
                 self._keeper.weigh(state)
+                self._keeper.rest(state)  # what could not be completed is not fetched for nobody
 
     async def complete_file(self, path: str, state: BlobState) -> None:
         """One file, as `complete`; that it is being completed is counted by the caller."""
