@@ -96,3 +96,17 @@ async def test_a_step_of_the_timetable_is_noticed(
         made.pay(1, 1)
         assert gone == [1, 1]
         nursery.cancel_scope.cancel()
+
+
+def test_other_limits_let_go_on_whoever_waits_once() -> None:
+    """Regression: two that share a pacer told each other's jobs, too; the second word let one payment through."""
+    pacer = Pacer(Timetable(((0, 1),)), {})
+    gone: list[tuple[str, int]] = []
+    one = Pacing(pacer, lambda _: False, lambda job: gone.append(("one", job)))
+    other = Pacing(pacer, lambda _: False, lambda job: gone.append(("other", job)))
+    for pacing_, job in ((one, 1), (other, 2)):
+        pacing_.begin(job, "https://slow.example/m")
+        pacer.pay(job, "slow.example", 10, urgent=False)
+    for pacing_ in (one, other):
+        pacing_.change(Pacer(None, {}))
+    assert gone == [("one", 1), ("other", 2)]

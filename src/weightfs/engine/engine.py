@@ -260,8 +260,10 @@ class Engine:
                 for state in await self._catalog.put(manifest):
                     if self._planner.knows(state.id):
                         self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
-                        await self._holdings.adopt(state)
-                        self._uncached.changed(state)
+                        try:
+                            await self._holdings.adopt(state)
+                        finally:  # the list counts from here on, recorded or not
+                            self._uncached.changed(state)
                         self._keeper.begin(state)
                     else:
                         self._begin(state)

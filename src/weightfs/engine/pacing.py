@@ -46,7 +46,7 @@ class Pacing:
 
     def change(self, pacer: Pacer) -> None:
         """Other limits: who waits goes on, and pays by the new ones. What began without a limit goes on without."""
-        waiting = self._pacer.waiting
+        waiting = [job for job in self._pacer.waiting if job in self._hosts]  # it has others' jobs, too
         self._pacer = pacer
         for job in waiting:
             self._go_on(job)

@@ -172,11 +172,11 @@ class Uncached:
 
     async def remove(self, state: BlobState) -> None:
         """The blob is being removed: returns when nothing of it is here or on its way."""
+        self._until.pop(state.id, None)
         if self._known.get(state.id) is not state:
             return
         self._drop(state, [chunk for blob, chunk in self._held if blob == state.id])
         del self._known[state.id]
-        self._until.pop(state.id, None)
         self.fetcher.remove(state.id)
         await self.fetcher.drained(state)
         self._memory.forget(state.id)
