@@ -164,7 +164,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "9",
         "a known ref is asked for again at every start",
-        "engine/engine.py",
+        "engine/pinning.py",
         "        if known is None or refresh:\n",
         "        if True:\n",
         ("faults/test_machine.py::test_a_start_without_network",),

@@ -70,6 +70,13 @@ class Catalog:
         """One ref, or None."""
         return self._refs.get(identity(ref))
 
+    def known(self, ref: str) -> StoredRef:
+        """One ref. KeyError if it is unknown."""
+        stored = self.ref(ref)
+        if stored is None:
+            raise KeyError(ref)
+        return stored
+
     def is_kept(self, id: BlobId) -> bool:  # noqa: A002
         """Whether a ref that is to be kept whole names the blob."""
         return id in self._kept

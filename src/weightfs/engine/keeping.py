@@ -70,6 +70,12 @@ class Keeper:
         if self._planner.paused(state.id) != on:
             self._fetcher.feed(plan.Pause(state.id, on=on))
 
+    def revive(self) -> None:
+        """The disk takes what is fetched again: go on with what is to be completed, whoever wanted it."""
+        for state in self._catalog.states():
+            if state.filling and not state.complete:
+                self._nursery.start_soon(self._fill_again, state)
+
     def mode(self, state: BlobState) -> FillMode:
         """How much of the blob is completed. Commands on an idle cache do only what they are for."""
         return self._catalog.mode(state.id) if self._settings.keep_pinned else self._settings.fill
@@ -89,3 +95,9 @@ class Keeper:
                 await trio.sleep(RETRY_SECONDS)
             else:
                 return
+
+    async def _fill_again(self, state: BlobState) -> None:
+        try:
+            await self._holdings.fill(state)
+        except CacheError as error:
+            log.error("%s", error)
