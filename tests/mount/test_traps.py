@@ -190,4 +190,6 @@ def test_a_second_open_finds_the_pages_of_the_first(start: Start) -> None:
     server = start({"a": 3_000_000})
     for _ in range(3):
         server.run("assert open(at('a'), 'rb').read() == pattern('a', 0, 3_000_000)")
-    assert sum(stop - begin for begin, stop in server.call("stats")["spans"]["a"]) == 3_000_000
+    # Not exactly once: the kernel may let go of a page at any time (seen once on a busy machine). Dropped at each open,
+    # all of them would be asked for three times.
+    assert sum(stop - begin for begin, stop in server.call("stats")["spans"]["a"]) < 2 * 3_000_000
