@@ -7,7 +7,6 @@ passed on to the terminal with control characters in them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from weightfs.cli.asking import ask
 from weightfs.cli.group import examples, say
 from weightfs.cli.looking import aligned, printable
 from weightfs.cli.options import cache_options, json_option, load_config, parse_refs
+from weightfs.cli.painting import paint, takes_blocks
 from weightfs.errors import FailureKind, IntegrityError, SourceError, UsageError, WeightfsError
 
 if TYPE_CHECKING:
@@ -112,31 +112,17 @@ def _why(what: str, file: Document, ref: str, *, fetched: bool) -> WeightfsError
 
 def show(document: Document) -> None:
     """Print the picture: coloured where a terminal shows it, else in ASCII."""
-    from rich.console import Console
-    from rich.text import Text
-
     palette = choose_palette()
     width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
     if not sys.stdout.isatty():
         width = max(width, PIPED_WIDTH)
     lines = picture(document, width, palette)
-    if palette is PLAIN:
-        for line in lines:
-            click.echo(line)
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    for line in lines:
-        text = Text(line)
-        for mark, style in STYLES.items():
-            text.highlight_regex(f"{mark}+", style)
-        console.print(text)
+    paint(lines, {} if palette is PLAIN else STYLES)
 
 
 def choose_palette() -> Palette:
     """Colours and blocks only for a terminal that has both and a person who wants them (no-color.org)."""
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    able = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and encoding == "utf8"
-    return COLOURED if able and not os.environ.get("NO_COLOR") else PLAIN
+    return COLOURED if takes_blocks() else PLAIN
 
 
 def picture(document: Document, width: int, palette: Palette) -> list[str]:

@@ -6,14 +6,12 @@ on to the terminal with control characters in them.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-import click
-
 from weightfs.cli.mapping import PIPED_WIDTH, shortened
+from weightfs.cli.painting import paint, takes_blocks
 from weightfs.core.cells import Cell, cell_of, cells
 
 if TYPE_CHECKING:
@@ -94,23 +92,9 @@ def terminal_width() -> int:
 
 def choose_marks() -> dict[Cell, str]:
     """Blocks for a terminal that has them, and for a person who wants them (no-color.org); else ASCII."""
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    able = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and encoding == "utf8"
-    return BLOCKS if able and not os.environ.get("NO_COLOR") else PLAIN
+    return BLOCKS if takes_blocks() else PLAIN
 
 
 def show(lines: Sequence[str], marks: dict[Cell, str]) -> None:
     """Print them; in colours where there are blocks."""
-    if marks is PLAIN:
-        for line in lines:
-            click.echo(line)
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    for line in lines:
-        text = Text(line)
-        for mark, style in STYLES.items():
-            text.highlight_regex(f"{mark}+", style)
-        console.print(text)
+    paint(lines, {} if marks is PLAIN else STYLES)
