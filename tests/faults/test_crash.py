@@ -264,6 +264,8 @@ async def test_killed_under_readers_and_fill(tmp_path: Path, served: Nginx, cont
         if process.returncode:
             refetched.append(max(0, landed(tally) - kept))
             assert refetched[-1] <= UNSETTLED, (step, refetched)
+            if len(refetched) % 100 == 0:
+                print(f"{len(refetched)} of {KILLS} kills", flush=True)
         if whole or lives == 6:
             await come_back(cache, served, content, extra=lives * (UNSETTLED + DROPPED))
             shutil.rmtree(cache)
