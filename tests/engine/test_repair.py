@@ -13,6 +13,7 @@ from weightfs.core.attribution import FaultCounts
 from weightfs.core.geometry import MIB, ByteSpan
 from weightfs.core.manifest import Trust
 from weightfs.core.ref import parse_ref
+from weightfs.engine.blobs import BlobState
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import IntegrityError, ReadError
@@ -25,6 +26,7 @@ DATA = sample(4 * MIB + 77)
 SPOILT = DATA[: 2 * MIB + 5] + bytes([DATA[2 * MIB + 5] ^ 1]) + DATA[2 * MIB + 6 :]
 DIGEST = hashlib.sha256(DATA).hexdigest()
 SECONDS = 60
+TAG = '"v1"'
 
 
 def ref_of(origin: Origin, path: str) -> str:
@@ -63,6 +65,40 @@ async def test_a_quarantined_file_is_had_from_another_mirror_and_the_wrong_chunk
                 assert engine.blob_status(blob.id).faults == "wire=0 disk=0 origin=2"
     assert "chunk 2 of" in caplog.text
     assert "(fault of the origin)" in caplog.text
+
+
+@pytest.mark.parametrize("mended", [False, True], ids=["from another mirror", "from one that was mended"])
+async def test_reads_past_the_cache_do_not_give_what_was_refuted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mended: bool
+) -> None:
+    """Neither what memory still has of the bad mirror, nor what it would fetch from there again."""
+    span = ByteSpan(2 * MIB, 3 * MIB)
+    async with open_origin({"/bad.bin": SPOILT, "/good.bin": DATA}) as origin:
+        bad, good = ref_of(origin, "bad.bin"), ref_of(origin, "good.bin")
+        origin.files["/bad.bin"] = OriginFile(SPOILT, etag=TAG)
+        with trio.fail_after(SECONDS):
+            async with running_engine(tmp_path / "cache", LAZY) as engine:
+                blob = (await engine.add(parse_ref(bad))).entries[0].blob
+                state = engine._catalog.get(blob.id)
+                assert state is not None
+                engine._uncached.refused(state, "the cache is full")
+                assert await engine.read(blob.id, span) == SPOILT[span.start : span.stop]
+                await quarantine(engine, bad)
+                if mended:
+                    origin.files["/bad.bin"] = OriginFile(DATA, etag=TAG)
+                else:
+                    await engine.add(parse_ref(good))
+                complete = engine._upkeep.complete_file
+                came: list[bytes] = []
+
+                async def complete_file(path: str, state: BlobState) -> None:
+                    engine._uncached.refused(state, "the cache is full again")
+                    came.append(await engine.read(blob.id, span))
+                    await complete(path, state)
+
+                monkeypatch.setattr(engine._upkeep, "complete_file", complete_file)
+                assert (await engine.repair(bad)).ok
+                assert came == [DATA[span.start : span.stop]]
 
 
 async def test_without_a_better_mirror_it_stays_quarantined_and_the_report_says_so(tmp_path: Path) -> None:

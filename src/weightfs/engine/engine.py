@@ -160,7 +160,13 @@ class Engine:
             self._watch,
         )
         self._repair = Repair(
-            cache, self._catalog, self._fetcher, self._holdings, self._committer, self._upkeep
+            cache,
+            self._catalog,
+            self._fetcher,
+            self._uncached,
+            self._holdings,
+            self._committer,
+            self._upkeep,
         )
         self._overview = Overview(
             cache=cache,

@@ -21,6 +21,7 @@ from weightfs.engine.committer import Committer
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.status import Mended, RepairReport, VerifyProgress
+from weightfs.engine.uncached import Uncached
 from weightfs.engine.upkeep import Upkeep
 from weightfs.errors import IntegrityError
 from weightfs.store.cache import Cache
@@ -36,6 +37,7 @@ class Repair:
         cache: Cache,
         catalog: Catalog,
         fetcher: Fetcher,
+        uncached: Uncached,
         holdings: Holdings,
         committer: Committer,
         upkeep: Upkeep,
@@ -43,6 +45,7 @@ class Repair:
         self._cache = cache
         self._catalog = catalog
         self._fetcher = fetcher
+        self._uncached = uncached
         self._holdings = holdings
         self._committer = committer
         self._upkeep = upkeep
@@ -65,6 +68,7 @@ class Repair:
         state.trust, state.doubted = state.blob.initial_trust, False
         self._committer.judged(state.id, state.trust)
         self._fetcher.feed(plan.Refuted(state.id, sources))
+        self._uncached.refuted(state, sources)
         await self._holdings.drop(state, list(state.present))
         state.notify()
         state.completing += 1

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -169,6 +170,12 @@ class Uncached:
             self.fetcher.abandon(state)
             self.fetcher.feed(plan.Remirrored(state.id, state.mirrors))
             self._drop(state, [chunk for blob, chunk in self._held if blob == state.id])
+
+    def refuted(self, state: BlobState, sources: Mapping[int, int]) -> None:
+        """As `plan.Refuted`; what is here may be of the same mirrors, and nothing of it can be proven."""
+        self._present(state)  # it may be read past the cache only from now on, and must know then
+        self.changed(state)
+        self.fetcher.feed(plan.Refuted(state.id, sources))
 
     async def remove(self, state: BlobState) -> None:
         """The blob is being removed: returns when nothing of it is here or on its way."""
