@@ -18,6 +18,7 @@ the person can do. Third-party exceptions are translated to these where the libr
     │   ├── CacheFormatError              made by a newer weightfs
     │   ├── CacheCorruptError             the index cannot be read
     │   ├── NoSpaceError
+    │   ├── NoDescriptorsError            this process, or the machine, has no file descriptors left
     │   └── DiskFault                     the disk, or a hand in the cache, lost or changed bytes
     │       └── LostFileError                 a data file is gone, short or another one: the disk may be well
     ├── MountError                    6   mount point, /dev/fuse, fusermount3, stale mount
@@ -138,6 +139,10 @@ class CacheCorruptError(CacheError):
 
 class NoSpaceError(CacheError):
     """The cache's filesystem or quota has no room left."""
+
+
+class NoDescriptorsError(CacheError):
+    """EMFILE or ENFILE: others close theirs in a while. It says nothing of the disk, nor of what is on it."""
 
 
 class DiskFault(CacheError):  # noqa: N818 - a fault of the disk, as the design names it

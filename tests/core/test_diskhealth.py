@@ -54,6 +54,16 @@ def test_failed_trials_bypass_a_disk_that_nobody_else_uses() -> None:
     assert (disk.state, disk.text) == (Health.BYPASSED, "EROFS")
 
 
+def test_a_trial_that_could_not_be_made_says_nothing_and_is_made_later() -> None:
+    disk = at(0.0)
+    for time in (5.0, 10.0, 15.0, 20.0):
+        disk.skipped(time)
+        assert (disk.state, disk.text, disk.next_trial) == (Health.UNSTABLE, "EIO", time + 5.0)
+    well = DiskHealth()
+    well.skipped(0.0)
+    assert (well.state, well.next_trial) == (Health.HEALTHY, math.inf)
+
+
 def test_it_comes_back_after_trials_that_went_well_and_a_calm() -> None:
     disk = at(0.0, 2.0, 4.0)
     assert not disk.tried(5.0)

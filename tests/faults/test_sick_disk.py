@@ -20,11 +20,12 @@ from weightfs.core.diskhealth import HealthRules
 from weightfs.core.geometry import MIB, ByteSpan
 from weightfs.core.manifest import BlobId, Policy
 from weightfs.core.plan import Limits
+from weightfs.core.readahead import ReadAhead
 from weightfs.core.ref import Ref
 from weightfs.engine import committer, health, holdings, seal, uncached
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
-from weightfs.errors import DiskFault, FailureKind, NoSpaceError, ReadError
+from weightfs.errors import DiskFault, FailureKind, NoDescriptorsError, NoSpaceError, ReadError
 from weightfs.store.cache import Cache
 from weightfs.testing import disks
 from weightfs.testing.daemon import Daemon, until
@@ -421,3 +422,42 @@ async def test_a_full_disk_is_not_a_sick_one(tmp_path: Path) -> None:
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         engine._watch.failed(NoSpaceError("full"))
         assert engine.status().disk == "healthy"
+
+
+async def test_a_trial_for_which_there_are_no_descriptors_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: it counted as an error of the disk, which was bypassed for want of something else."""
+    async with running_engine(tmp_path / "cache", LAZY) as engine:
+        trial = engine._cache.trial
+        tried = 0
+
+        def none_left() -> None:
+            nonlocal tried
+            tried += 1
+            raise NoDescriptorsError("Too many open files")
+
+        monkeypatch.setattr(engine._cache, "trial", none_left)
+        engine._watch.failed(BROKEN)
+        with trio.fail_after(SECONDS):
+            while tried <= QUICK.errors + QUICK.trials:
+                await trio.sleep(0.005)
+            assert engine.status().disk == "unstable"  # neither bypassed nor healthy
+            monkeypatch.setattr(engine._cache, "trial", trial)
+            while engine.status().disk != "healthy":
+                await trio.sleep(0.005)
+
+
+@pytest.mark.usefixtures("first_error_bypasses")
+async def test_bytes_that_come_after_a_removal_have_nothing_fetched_ahead(tmp_path: Path) -> None:
+    """Regression: the blob was taken into memory's books again, and stayed there."""
+    async with published_origin(DATA) as (_, ref), running_engine(tmp_path / "cache", LAZY) as engine:
+        blob = await added(engine, ref)
+        await reads(engine, blob, 0, CHUNK)
+        state = engine._catalog.state(blob)
+        state.readahead = ReadAhead(state.shape, max_window=8 * CHUNK)
+        bypass(engine)
+        await engine.remove(str(ref))
+        for chunk in range(4):
+            engine._reader._observe(state, ByteSpan(chunk * CHUNK, (chunk + 1) * CHUNK), stalled=True)
+        assert not engine._uncached._known

@@ -5,6 +5,7 @@ The regression: ext4 reads zeros where the pages of a failed write were written 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,16 +118,43 @@ def test_an_index_that_panicked_is_used_again(tmp_path: Path) -> None:
     index.close()
 
 
+def test_an_index_that_could_not_be_opened_again_is_a_fault_of_the_disk_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: readers were told that it is closed, which nobody counts as a fault of the disk."""
+    index = Index.open(tmp_path)
+    index.write(lambda txn: txn.put("ref", b"first", b"1"))
+
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as sick:
+        sick.setattr(index, "_attempt", refuse_writes)
+        with pytest.raises(DiskFault, match="the disk refuses"):
+            index.trial()
+        sick.setattr(os, "read", refuse)
+        with pytest.raises(DiskFault, match=r"data\.mdb again"):
+            index.trial()
+    with pytest.raises(DiskFault, match="could not be read again"), index.read():
+        pass
+    with pytest.raises(DiskFault, match="could not be read again"):
+        index.verify()
+    index.trial()
+    with index.read() as txn:
+        assert txn.get("ref", b"first") == b"1"
+    index.close()
+
+
+def refuse_writes(_job: object) -> None:
+    raise DiskFault("the disk refuses")
+
+
 def test_an_index_whose_last_write_failed_is_not_vouched_for_when_it_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Regression: the next start took the digest of pages that may be in memory only, and did not walk the file."""
     index = Index.open(tmp_path)
-
-    def refuse(_job: object) -> None:
-        raise DiskFault("the disk refuses")
-
-    monkeypatch.setattr(index, "_attempt", refuse)
+    monkeypatch.setattr(index, "_attempt", refuse_writes)
     with pytest.raises(DiskFault):
         index.trial()
     index.close()

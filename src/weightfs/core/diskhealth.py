@@ -81,6 +81,11 @@ class DiskHealth:
         relapsed = now < self._returned + self.rules.memory
         self.calm = min(self.rules.longest_calm, 2 * self.calm) if relapsed else self.rules.calm
 
+    def skipped(self, now: float) -> None:
+        """A trial could not be made, for want of something that is not the disk's: it says nothing."""
+        if self.state is not Health.HEALTHY:
+            self._next_trial = now + self.rules.pause
+
     def tried(self, now: float, error: str = "") -> bool:
         """A trial ended: well, or with this error. Whether the state changed. Nothing happens to a healthy disk."""
         if self.state is Health.HEALTHY:

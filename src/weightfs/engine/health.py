@@ -23,7 +23,7 @@ from weightfs.core import plan
 from weightfs.core.diskhealth import DiskHealth, Health, HealthRules
 from weightfs.engine.catalog import Catalog
 from weightfs.engine.fetcher import Fetcher
-from weightfs.errors import CacheError, DiskFault, LostFileError, NoSpaceError
+from weightfs.errors import CacheError, DiskFault, LostFileError, NoDescriptorsError, NoSpaceError
 from weightfs.store.cache import Cache
 
 log = logging.getLogger(__name__)
@@ -88,13 +88,16 @@ class DiskWatch:
             self._changed = trio.Event()
             if trio.current_time() >= self._health.next_trial:
                 error = await self._try()
-                self._tell(self._health.tried(trio.current_time(), error))
+                if error is None:
+                    self._health.skipped(trio.current_time())
+                else:
+                    self._tell(self._health.tried(trio.current_time(), error))
 
-    async def _try(self) -> str:
-        """What is wrong with the disk; empty if it took a trial. A full one is not sick."""
+    async def _try(self) -> str | None:
+        """What is wrong with the disk; empty if it took a trial, None if none was made. A full one is not sick."""
         late = f"a write did not end within {TRIAL_SECONDS:g} s"
         done = trio.Event()
-        answer = ""
+        answer: str | None = ""
 
         async def write() -> None:
             nonlocal answer
@@ -102,6 +105,9 @@ class DiskWatch:
                 await trio.to_thread.run_sync(self._cache.trial, abandon_on_cancel=True)
             except NoSpaceError:
                 pass
+            except NoDescriptorsError as error:
+                log.info("the cache's disk was not tried: %s", error)
+                answer = None
             except CacheError as error:
                 answer = str(error)
             done.set()

@@ -8,7 +8,6 @@ is compared: bytes read across a drop are never used.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from weightfs.engine.holdings import Holdings, kind_of
 from weightfs.engine.settings import EngineSettings
 from weightfs.engine.tally import Tally
 from weightfs.engine.uncached import Uncached
-from weightfs.errors import CacheError, DiskFault, FailureKind, ReadError
+from weightfs.errors import CacheError, DiskFault, FailureKind, NoDescriptorsError, ReadError
 from weightfs.logs import about
 from weightfs.store.cache import Cache
 
@@ -128,7 +127,7 @@ class Reader:
                     data = await trio.to_thread.run_sync(self._cache.read, state.id, span, limiter=self._disk)
             except CacheError as error:
                 self._check_pinned(state, chunks)
-                if _is_scarcity(error):
+                if isinstance(error, NoDescriptorsError):
                     await _wait_for_descriptors(error)
                     continue
                 faults += 1
@@ -175,9 +174,7 @@ class Reader:
             while True:
                 try:
                     await self._holdings.prepare(state)
-                except CacheError as error:
-                    if not _is_scarcity(error):
-                        raise
+                except NoDescriptorsError as error:
                     await _wait_for_descriptors(error)
                 else:
                     return
@@ -244,7 +241,7 @@ class Reader:
                 data = await trio.to_thread.run_sync(self._cache.read, state.id, span, limiter=self._disk)
         except CacheError as error:
             self._check_pinned(state, ChunkSpan(chunk, chunk + 1))
-            if isinstance(error, DiskFault) and not _is_scarcity(error):
+            if isinstance(error, DiskFault):
                 await self._lose(state, [chunk], error)
             return None
         return data if state.generation == generation else None
@@ -286,6 +283,10 @@ class Reader:
 
     def _observe(self, state: BlobState, span: ByteSpan, *, stalled: bool) -> None:
         window = state.readahead.observe(span, stalled)
+        if not self._holdings.pinned(
+            state
+        ):  # removed while its bytes came: nothing is fetched for it any more
+            return
         if window is not None and not state.complete and not state.present.covers(window):
             if self._goes_past(state):
                 self._uncached.want(state, window)
@@ -322,7 +323,7 @@ class Reader:
             try:
                 good = await trio.to_thread.run_sync(self._equals_record, state, chunk, limiter=self._disk)
                 break
-            except CacheError as error:  # nobody could look at it, which says nothing of it
+            except NoDescriptorsError as error:  # nobody could look at it, which says nothing of it
                 await _wait_for_descriptors(error)
         if chunk not in state.suspect:
             return  # dropped or cleared by somebody else meanwhile
@@ -336,13 +337,13 @@ class Reader:
             await self._holdings.drop_bad(state, [chunk])
 
     def _equals_record(self, state: BlobState, chunk: int) -> bool:
-        """CacheError: there are no descriptors."""
+        """NoDescriptorsError."""
         try:
             record = self._cache.digests(state.id, ChunkSpan(chunk, chunk + 1)).get(chunk)
             data = self._cache.read(state.id, state.shape.span_of(chunk))
-        except CacheError as error:
-            if _is_scarcity(error):
-                raise
+        except NoDescriptorsError:
+            raise
+        except CacheError:
             return False
         return hashlib.sha256(data).digest() == record
 
@@ -353,10 +354,6 @@ class _NotKeptError(Exception):
 
 def _unseen(state: BlobState, span: ByteSpan, *, stalled: bool) -> None:
     """In the place of `Reader._observe`."""
-
-
-def _is_scarcity(error: CacheError) -> bool:
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE)
 
 
 async def _wait_for_descriptors(error: CacheError) -> None:

@@ -261,6 +261,8 @@ class Passthrough:
         try:
             with trio.move_on_after(LEND_TIMEOUT):
                 await trio.to_thread.run_sync(opening.run, abandon_on_cancel=True)
+            # The thread may have ended just before nobody waited any more: then nobody would give the file back.
+            await trio.lowlevel.checkpoint_if_cancelled()
         except trio.Cancelled:  # nobody waits: the request was answered, or has gone
             if (late := opening.take()) >= 0:
                 os.close(late)

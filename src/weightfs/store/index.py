@@ -120,6 +120,7 @@ class Index:
         self._closed = False
         self._map_size: int = env.info()["map_size"]
         self._doubted = False  # a write failed, and the file was not renewed since
+        self._lost = False  # it could not be opened again then: there is nothing to read
         self._reserve()
 
     @classmethod
@@ -145,7 +146,7 @@ class Index:
     def read(self) -> Iterator[Txn]:
         """A snapshot. Keep it short: a map that must grow waits for it."""
         with self._gate.shared(), _lmdb_errors(self.directory):
-            self._check_open()
+            self._check_readable()
             with self._env.begin() as txn:
                 yield Txn(txn, self._tables)
 
@@ -227,12 +228,14 @@ class Index:
             try:
                 os.fdatasync(descriptor)  # while it goes on failing, what is there can be read
                 self._env.close()
+                self._lost = True
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 while os.read(descriptor, _READ_BYTES):
                     pass
             finally:
                 os.close(descriptor)
             self._env, self._tables = _open(self.directory, self._map_size)
+            self._lost = False
         self._doubted = False
 
     def copy_to(self, descriptor: int) -> None:
@@ -241,7 +244,7 @@ class Index:
         CacheCorruptError if a value that cannot be done without is damaged, also if that was found earlier. CacheError.
         """
         with self._gate.shared(), _lmdb_errors(self.directory):
-            self._check_open()
+            self._check_readable()
             if (self.directory / _DAMAGED).exists():
                 raise RecordError("damage was found while it was in use")
             with self._env.begin() as txn:
@@ -254,7 +257,7 @@ class Index:
         """What a walk over every byte of the file finds wrong. Writers wait meanwhile."""
         walk: Callable[[str], list[str]] = lmdb.verify.verify  # has no annotations of its own
         with self._writer, _lmdb_errors(self.directory):
-            self._check_open()
+            self._check_readable()
             try:
                 findings = walk(os.fspath(self.directory))
             except lmdb.verify.VerifyError as error:
@@ -264,6 +267,14 @@ class Index:
     def _check_open(self) -> None:
         if self._closed:
             raise CacheError(f"the cache {self.directory.parent} was closed")
+
+    def _check_readable(self) -> None:
+        self._check_open()
+        if self._lost:
+            raise DiskFault(
+                f"the index {self.directory} could not be read again after a write to it had failed: "
+                "look at the disk (dmesg)"
+            )
 
     def _grow(self) -> None:
         with self._gate.exclusive(), _lmdb_errors(self.directory):

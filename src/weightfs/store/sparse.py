@@ -28,7 +28,7 @@ from pathlib import Path
 
 from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import BlobId
-from weightfs.errors import CacheError, DiskFault, LostFileError, NoSpaceError
+from weightfs.errors import CacheError, DiskFault, LostFileError, NoDescriptorsError, NoSpaceError
 
 _PUNCH_HOLE = 0x02  # FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 _KEEP_SIZE = 0x01  # FALLOC_FL_KEEP_SIZE
@@ -51,7 +51,7 @@ def disk_errors(what: str, blob: BlobId | None = None) -> Iterator[None]:
 
 
 def translate(error: OSError, what: str, blob: BlobId | None = None) -> CacheError:
-    """The CacheError for one OSError: NoSpaceError, DiskFault, or a plain CacheError."""
+    """The CacheError for one OSError: NoSpaceError, DiskFault, NoDescriptorsError, or a plain CacheError."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
@@ -70,7 +70,7 @@ def translate(error: OSError, what: str, blob: BlobId | None = None) -> CacheErr
             kind = DiskFault if error.errno == errno.EROFS else CacheError
             return kind(f"the cache cannot {what}: {reason}; {way_out}")
         case errno.EMFILE | errno.ENFILE:
-            return CacheError(
+            return NoDescriptorsError(
                 f"the cache cannot {what}: {reason}; raise the limit of open files (LimitNOFILE)"
             )
         case _:
