@@ -96,10 +96,20 @@ def make_directories(root: Path, *, create: bool) -> None:
                 path.chmod(0o700)
 
 
-def open_index(root: Path, files: SparseFiles) -> tuple[Index, State, bool]:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An index in use, and how it was found. `copied` names the copy that has all of it, if the last close made one."""
+
+    index: Index
+    state: State
+    was_clean: bool
+    copied: str | None
+
+
+def open_index(root: Path, files: SparseFiles) -> Opened:
     """The index, taken into use: of a damaged or missing one its copy, or an empty one if there is none.
 
-    Its state from now on, and whether the last stop was clean. CacheError, and its kinds.
+    CacheError, and its kinds.
     """
     if backup.is_missing(root) and backup.restore(root):
         log.error(
@@ -132,22 +142,22 @@ def open_index(root: Path, files: SparseFiles) -> tuple[Index, State, bool]:
     raise wrong
 
 
-def _begin(root: Path, files: SparseFiles) -> tuple[Index, State, bool]:
+def _begin(root: Path, files: SparseFiles) -> Opened:
     index = Index.open(root / "index")
     try:
         restored = backup.is_restored(root)
 
-        def job(txn: Txn) -> tuple[State, bool]:
+        def job(txn: Txn) -> tuple[State, bool, str | None]:
             if restored:
                 _whole_all(txn)
-            return begin(txn, files, root)
+            return (*begin(txn, files, root), backup.take_note(txn))
 
-        state, was_clean = index.write(job)
+        state, was_clean, copied = index.write(job)
         backup.settled(root)
     except BaseException:
         index.abandon()
         raise
-    return index, state, was_clean
+    return Opened(index, state, was_clean, copied)
 
 
 def begin(txn: Txn, files: SparseFiles, root: Path) -> tuple[State, bool]:
@@ -165,12 +175,14 @@ def begin(txn: Txn, files: SparseFiles, root: Path) -> tuple[State, bool]:
     return state, was_clean
 
 
-def end(txn: Txn, files: SparseFiles, state: State) -> None:
-    """Write the clean flag, and how every data file looks that is still the one which was read and written."""
+def end(txn: Txn, files: SparseFiles, state: State, copied: str | None) -> None:
+    """Write the clean flag, the name of the copy, and how every data file looks that was read and written."""
     for key in txn.keys("blob"):
         found = files.status(ledger.blob_id(key))
         if found is not None and files.identity(ledger.blob_id(key)) in (None, (found.st_dev, found.st_ino)):
             txn.put_sealed("file", key, encode_file(_mark_of(found)))
+    if copied is not None:
+        backup.put_note(txn, copied)
     put_state(txn, State(state.epoch, clean=True, instance=state.instance))
 
 
