@@ -25,7 +25,8 @@ from weightfs.cli import cli
 from weightfs.cli.doctoring import PROBLEMS
 from weightfs.core.geometry import GIB, MIB
 from weightfs.errors import FailureKind, RefError, SourceError
-from weightfs.mount.mounttable import Health, parse_mountinfo
+from weightfs.mount import mounttable
+from weightfs.mount.mounttable import Health, Mount, parse_mountinfo
 from weightfs.sources.base import FetchSettings
 from weightfs.testing.daemon import Daemon
 from weightfs.testing.hub import Hub
@@ -490,6 +491,20 @@ def test_as_an_ordinary_user() -> None:
     assert "not needed" not in found["fusermount3"][1]
     permitted = "user_allow_other" in Path("/etc/fuse.conf").read_text().split("\n")
     assert (found["allow-other"][0] == "ok") == permitted
+
+
+def test_an_interpreter_that_cannot_be_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probes are processes of their own; it was told as a fault of weightfs itself."""
+    python = tmp_path / "python"
+    python.write_text("")
+    monkeypatch.setattr(sys, "executable", str(python))
+    mount = Mount(1, "0:9", str(tmp_path), mounttable.FSTYPE, "weightfs")
+    monkeypatch.setattr(mounttable, "parse_mountinfo", lambda _text: [mount])
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "data.mdb").write_bytes(b"x")
+    index, _ = probes.look_at_index(tmp_path)
+    for verdict in (*probes.look_at_mounts(), *index):
+        has(verdict, PROBLEM, f"{python} cannot be started (Permission denied): make it executable")
 
 
 def test_a_lock_is_seen_without_taking_it(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from weightfs.app.doctor import machine, storage
 from weightfs.app.doctor.verdicts import Verdict, ok, problem, warning
 from weightfs.config import Config
 from weightfs.engine.room import default_min_free
-from weightfs.errors import CacheError
+from weightfs.errors import CacheError, MountError
 from weightfs.mount import mounttable
 from weightfs.store import peek
 
@@ -109,8 +109,11 @@ def look_at_mounts() -> list[Verdict]:
         mount.path: mount for mount in mounttable.parse_mountinfo(text) if mount.fstype == mounttable.FSTYPE
     }
     chosen = list(found.values())[:MAX_MOUNTS]
-    with ThreadPoolExecutor(max_workers=MOUNTS_AT_ONCE) as pool:
-        healths = list(pool.map(lambda one: mounttable.probe(Path(one.path), MOUNT_SECONDS), chosen))
+    try:
+        with ThreadPoolExecutor(max_workers=MOUNTS_AT_ONCE) as pool:
+            healths = list(pool.map(lambda one: mounttable.probe(Path(one.path), MOUNT_SECONDS), chosen))
+    except MountError as error:  # the others would end alike
+        return [problem("mounts", str(error))]
     seen = [
         storage.Seen(one.path, health, _number(Path("/sys/class/bdi") / one.device / "read_ahead_kb"))
         for one, health in zip(chosen, healths, strict=True)
