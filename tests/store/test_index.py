@@ -167,7 +167,7 @@ def test_a_walk_that_somebody_ended_is_no_damage(directory: Path, monkeypatch: p
         "import none",
     ):
         monkeypatch.setattr(probe, "_WALK", how)
-        with pytest.raises(CacheError, match="was ended .*: try again") as caught:
+        with pytest.raises(CacheError, match=r"was ended .*: try again") as caught:
             Index.open(directory)
         assert type(caught.value) is CacheError, "and so it is not set aside"
     monkeypatch.undo()

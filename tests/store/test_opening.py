@@ -419,6 +419,7 @@ def test_a_damaged_index_is_set_aside_and_its_copy_takes_its_place(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"{root.with_name('trial')}/index is damaged" in done.stderr
+    assert "next start" not in done.stderr, "it is this one"
     assert_goes_on_from_its_copy(root, sample, caplog)
 
 
@@ -445,6 +446,7 @@ def test_without_a_good_copy_the_index_is_empty_and_no_data_file_is_deleted(
         cache = Cache.open(root, now=1)
     assert f"{copy} is damaged, and not used" in caplog.text
     assert "starts with an empty index" in caplog.text
+    assert "next start" not in caplog.text, "it is this one"
     assert cache.refs() == []
     assert cache.path(sample.id).stat().st_size == len(sample.data)
     cache.close()

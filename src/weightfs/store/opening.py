@@ -120,18 +120,20 @@ def open_index(root: Path, files: SparseFiles) -> Opened:
         return _begin(root, files)
     except CacheCorruptError as error:
         wrong = error
+    index = root / "index"
     for restore in (backup.restore, lambda _: False):
         aside = backup.set_aside(root)
         restored = restore(root)
         if restored:
             log.error(
-                "%s; it is %s now, its copy takes its place, every chunk is hashed before it is used, and what landed "
-                "after the copy was made is fetched again", wrong, aside,
+                "the index %s is damaged (%s): it is %s now, its copy takes its place, every chunk is hashed before it "
+                "is used, and what landed after the copy was made is fetched again", index, wrong.what, aside,
             )  # fmt: skip
         else:
             log.error(
-                "%s; it is %s now, and weightfs starts with an empty index, since there is no good copy: add the refs "
-                "again that the configuration does not name", wrong, aside,
+                "the index %s is damaged (%s): it is %s now, and weightfs starts with an empty index, since there is "
+                "no good copy: add the refs again that the configuration does not name; no data file is deleted",
+                index, wrong.what, aside,
             )  # fmt: skip
         try:
             return _begin(root, files)

@@ -35,7 +35,7 @@ try:
 except MemoryError:
     raise
 except Exception as error:
-    findings = [f"{{type(error).__name__}}: {{error}}"]
+    findings = [str(error) or type(error).__name__]
 if findings:
     print(findings[0], file=sys.stderr)
     sys.exit({_DAMAGED})
@@ -69,6 +69,5 @@ def walk(directory: Path) -> str | None:
     if -done.returncode in _BY_DAMAGE:
         return last or f"reading it ends with signal {-done.returncode}"
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    raise CacheError(
-        f"the process that looks through the index {directory} was ended ({how}{f', {last}' if last else ''}): try again"
-    )
+    how += f", {last}" if last else ""
+    raise CacheError(f"the process that looks through the index {directory} was ended ({how}): try again")
