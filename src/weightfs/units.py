@@ -78,3 +78,8 @@ def format_duration(seconds: float) -> str:
     minutes, left = divmod(rest, 60)
     parts = [(hours, "h"), (minutes, "m"), (left, "s")]
     return "".join(f"{count}{unit}" for count, unit in parts if count) or "0s"
+
+
+def counted(count: int, noun: str) -> str:
+    """For example `1 ref`, `2 refs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -418,7 +418,7 @@ def test_an_idle_cache_is_read_and_stays_as_it_is(tmp_path: Path) -> None:
     assert invoke(tmp_path, "add", f"file://{model}", "--cache", str(tmp_path / "cache")).exit_code == 0
     before = fingerprint(tmp_path / "cache")
     found = doctor(tmp_path)
-    has(found["cache"][0], OK, "1 refs")
+    has(found["cache"][0], OK, "1 ref")
     has(found["sources"][0], OK, str(model))
     assert fingerprint(tmp_path / "cache") == before
     data = tmp_path / "cache" / "index" / "data.mdb"
@@ -453,7 +453,7 @@ def test_a_daemon_is_asked_and_never_waited_for(tmp_path: Path) -> None:
             return next(one for one in found["mounts"] if str(daemon.mountpoint) in one.text)
 
         found = examined()
-        has(found["cache"][0], OK, "(mount)", "1 refs")
+        has(found["cache"][0], OK, "(mount)", "1 ref")
         has(of_mount(found), OK, "answers")
         has(found["sources"][0], OK, str(model))
         daemon.signal(signal.SIGSTOP)
@@ -465,7 +465,7 @@ def test_a_daemon_is_asked_and_never_waited_for(tmp_path: Path) -> None:
         has(of_mount(found), PROBLEM, "umount --lazy")
         daemon.kill()
         found = examined()
-        has(found["cache"][0], OK, "1 refs")
+        has(found["cache"][0], OK, "1 ref")
         has(of_mount(found), PROBLEM, "stale", "umount --lazy")
 
 

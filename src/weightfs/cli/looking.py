@@ -243,7 +243,7 @@ def _warning_lines(document: Document) -> list[str]:
 
 def status_lines(document: Document) -> list[str]:
     """The status for people."""
-    from weightfs.units import format_duration, format_size
+    from weightfs.units import counted, format_duration, format_size
 
     if document["role"] == "mount":
         head = f"serving {document['mountpoint']} (pid {document['pid']}, for {format_duration(document['uptime'])})"
@@ -251,7 +251,7 @@ def status_lines(document: Document) -> list[str]:
         head = "idle: no daemon has this cache"
     else:
         head = f"weightfs {document['role']} is at work (pid {document['pid']})"
-    held = f"{format_size(document['cache_bytes'])} in {len(document['refs'])} refs"
+    held = f"{format_size(document['cache_bytes'])} in {counted(len(document['refs']), 'ref')}"
     lines = [head, f"cache {document['cache']}: {held}, {format_size(document['free_bytes'])} free"]
     lines += _limit_lines(document)
     if document["fetched_bytes"]:

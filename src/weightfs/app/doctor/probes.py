@@ -23,6 +23,7 @@ from weightfs.engine.room import default_min_free
 from weightfs.errors import CacheError, MountError
 from weightfs.mount import mounttable
 from weightfs.store import peek
+from weightfs.units import counted
 
 FUSE_CONF: Final = Path("/etc/fuse.conf")
 PARAMETERS: Final = Path("/sys/module/fuse/parameters")
@@ -99,7 +100,7 @@ def look_at_index(root: Path) -> tuple[list[Verdict], list[str]]:
         return [problem(name, f"it cannot be looked into: {error.strerror}; run as its owner")], []
     except CacheError as error:
         return [problem(name, str(error))], []
-    return [ok(name, f"nobody has it open; its index can be read, and has {len(refs)} refs")], refs
+    return [ok(name, f"nobody has it open; its index can be read, and has {counted(len(refs), 'ref')}")], refs
 
 
 def look_at_mounts() -> list[Verdict]:
