@@ -201,17 +201,23 @@ def test_the_filesystem_is_that_of_the_nearest_mount_and_of_several_the_last() -
     ("found", "level", "word"),
     [
         (None, OK, "makes it"),
-        (Directory(stat.S_IFDIR | 0o700, 7, True), OK, "ours alone"),
-        (Directory(stat.S_IFREG | 0o700, 7, True), PROBLEM, "not a directory"),
-        (Directory(stat.S_IFDIR | 0o700, 8, True), PROBLEM, "belongs to user 8"),
-        (Directory(stat.S_IFDIR | 0o700, 7, False), PROBLEM, "cannot be written"),
-        (Directory(stat.S_IFDIR | 0o777, 7, True), PROBLEM, "chmod 700"),
-        (Directory(stat.S_IFDIR | 0o755, 7, True), WARNING, "chmod 700"),
+        (Directory(stat.S_IFDIR | 0o700, 7, True, "ann"), OK, "ours alone"),
+        (Directory(stat.S_IFREG | 0o700, 7, True, "ann"), PROBLEM, "not a directory"),
+        (Directory(stat.S_IFDIR | 0o700, 8, True, "ann"), PROBLEM, "belongs to ann: run as"),
+        (Directory(stat.S_IFDIR | 0o700, 7, False, "ann"), PROBLEM, "cannot be written"),
+        (Directory(stat.S_IFDIR | 0o777, 7, True, "ann"), PROBLEM, "chmod 700"),
+        (Directory(stat.S_IFDIR | 0o755, 7, True, "ann"), WARNING, "chmod 700"),
     ],
 )
 def test_directory(found: Directory | None, level: Level, word: str) -> None:
     has(storage.directory("/cache", found, 7), level, word)
     has(storage.directory("/cache", None, 7, can_make=False), PROBLEM, "--cache")
+
+
+def test_root_looks_at_the_cache_of_a_service() -> None:
+    """All is well with it: it was told as a problem."""
+    found = Directory(stat.S_IFDIR | 0o700, 999, True, "weightfs")
+    has(storage.directory("/cache", found, 0), WARNING, "belongs to weightfs: root's commands reach a mount")
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ async def test_wrong_credentials_are_told_from_none(
     config = write_docker_config(tmp_path / "config.json", guarded.host, "ann", "hunter2-wrong")
     with (
         caplog.at_level(logging.DEBUG),
-        pytest.raises(SourceError, match="log in again; .* `weightfs reload`") as caught,
+        pytest.raises(SourceError, match=r"log in again; .* `weightfs reload`") as caught,
     ):
         await resolve(guarded, docker_config=str(config))
     assert caught.value.kind is FailureKind.AUTH

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pwd
 import secrets
 import stat
 from collections.abc import Callable, Mapping
@@ -283,6 +284,14 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
         raise CacheError(f"{path} is not a directory: remove it, or choose another cache directory")
     if found.st_uid != os.geteuid():
         raise CacheError(
-            f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}: run weightfs as its owner, or choose "
-            "another cache directory"
+            f"{path} belongs to {user_name(found.st_uid)}, not to {user_name(os.geteuid())}: run weightfs as its owner, "
+            "or choose another cache directory"
         )
+
+
+def user_name(uid: int) -> str:
+    """Of a user; the number, if there is none of that number."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"

@@ -23,6 +23,7 @@ from weightfs.engine.room import default_min_free
 from weightfs.errors import CacheError, MountError
 from weightfs.mount import mounttable
 from weightfs.store import peek
+from weightfs.store.opening import user_name
 from weightfs.units import counted
 
 FUSE_CONF: Final = Path("/etc/fuse.conf")
@@ -170,7 +171,9 @@ def _directory(root: Path) -> storage.Directory | None:
         found = root.stat()
     except FileNotFoundError:
         return None
-    return storage.Directory(found.st_mode, found.st_uid, os.access(root, os.W_OK | os.X_OK))
+    return storage.Directory(
+        found.st_mode, found.st_uid, os.access(root, os.W_OK | os.X_OK), user_name(found.st_uid)
+    )
 
 
 def _filesystem_of(place: Path) -> str:
