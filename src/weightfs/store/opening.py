@@ -284,8 +284,8 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
         raise CacheError(f"{path} is not a directory: remove it, or choose another cache directory")
     if found.st_uid != os.geteuid():
         raise CacheError(
-            f"{path} belongs to {user_name(found.st_uid)}, not to {user_name(os.geteuid())}: run weightfs as its owner, "
-            "or choose another cache directory"
+            f"{path} belongs to {user_name(found.st_uid)}, not to {user_name(os.geteuid())}: run weightfs as its "
+            "owner, or choose another cache directory"
         )
 
 
