@@ -51,7 +51,7 @@ def test_every_command_helps_with_examples(tmp_path: Path, command: str) -> None
     assert cli.commands[command].short_help
 
 
-@pytest.mark.parametrize("arguments", [[], ["debug"], ["config"], ["link"]])
+@pytest.mark.parametrize("arguments", [[], ["debug"], ["config"]])
 def test_what_is_incomplete_shows_the_help_as_it_is(tmp_path: Path, arguments: list[str]) -> None:
     """It was told as one sentence of three thousand characters."""
     result = run(tmp_path, *arguments, cache=False)

@@ -227,7 +227,7 @@ def test_verify_finds_and_repairs_a_flipped_bit(stage: Stage) -> None:
     assert "chunk 3 is damaged" in damaged.stdout
     assert "--repair" in damaged.stderr
     repaired = stage.run("verify", "--repair")
-    assert "1 chunks were fetched again" in repaired.stdout
+    assert "fetched again: 1 chunk\n" in repaired.stdout
     stage.run("verify")
 
 

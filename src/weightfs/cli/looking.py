@@ -227,11 +227,13 @@ def long_lines(refs: Sequence[Document]) -> list[str]:
 
 
 def _warning_lines(document: Document) -> list[str]:
+    from weightfs.units import counted
+
     counts = (
-        (document["mismatched_chunks"], "chunks did not match their list and were fetched elsewhere"),
-        (document["disk_faults"], "chunks that the disk did not keep"),
+        (document["mismatched_chunks"], "refused, since not what the list says, and asked for again"),
+        (document["disk_faults"], "that the disk did not keep"),
     )
-    lines = [f"warning: {count} {text}" for count, text in counts if count]
+    lines = [f"warning: {counted(count, 'chunk')} {text}" for count, text in counts if count]
     if document["disk"] != "healthy":
         lines.append(f"disk: {document['disk']}")
     if document["paused"]:
