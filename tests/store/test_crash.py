@@ -18,8 +18,9 @@ from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import BlobId
 from weightfs.errors import CacheError, DiskFault
 from weightfs.store import ledger, sparse
-from weightfs.store.cache import SYNCS_AT_ONCE, Cache, ChunkState, Landing
+from weightfs.store.cache import Cache, ChunkState, Landing
 from weightfs.store.index import Index, Txn
+from weightfs.store.landing import SYNCS_AT_ONCE
 from weightfs.store.sparse import SparseFiles
 from weightfs.testing.caches import Sample
 
