@@ -502,9 +502,9 @@ async def test_what_begins_amid_an_eviction_does_not_land_in_the_old_file(
 async def test_an_eviction_that_the_index_refuses_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weightfs.engine import holdings
+    from weightfs.engine import dropping
 
-    monkeypatch.setattr(holdings, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(dropping, "RETRY_SECONDS", 0.02)
     full = NoSpaceError("the index cannot grow")
 
     def refuse(*_: object) -> None:

@@ -22,7 +22,7 @@ from weightfs.core.manifest import BlobId, Policy
 from weightfs.core.plan import Limits
 from weightfs.core.readahead import ReadAhead
 from weightfs.core.ref import Ref
-from weightfs.engine import committer, health, holdings, seal, uncached
+from weightfs.engine import committer, dropping, health, seal, uncached
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import DiskFault, FailureKind, NoDescriptorsError, NoSpaceError, ReadError
@@ -47,7 +47,7 @@ BROKEN = DiskFault("the cache cannot write the index: Input/output error")
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (committer, holdings, seal):
+    for module in (committer, dropping, seal):
         monkeypatch.setattr(module, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(uncached, "REFUSAL_SECONDS", 0.05)
     monkeypatch.setattr(health, "RULES", QUICK)

@@ -28,7 +28,7 @@ from weightfs.core.geometry import KIB, BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId, ChunkList, Mirror, Policy
 from weightfs.core.plan import Limits
 from weightfs.core.ref import Ref
-from weightfs.engine import committer, holdings, seal
+from weightfs.engine import committer, dropping, seal
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.engine import Engine, open_engine
 from weightfs.engine.settings import EngineSettings, FillMode
@@ -223,7 +223,7 @@ class EngineMachine(RuleBasedStateMachine):
             mock.patch("weightfs.engine.worker.open_source", self.world.open_source),
             mock.patch("weightfs.engine.engine.open_source", self.world.open_source),
             mock.patch.object(Cache, "commit", self.world.commit(Cache.commit)),
-            *(mock.patch.object(module, "RETRY_SECONDS", 0.005) for module in (committer, holdings, seal)),
+            *(mock.patch.object(module, "RETRY_SECONDS", 0.005) for module in (committer, dropping, seal)),
         ]
         for patch in self.patches:
             patch.start()
