@@ -31,8 +31,8 @@ from weightfs.engine.tally import Tally
 from weightfs.engine.uncached import Uncached
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import FailureKind, ReadError
+from weightfs.store.disk import disk_errors
 from weightfs.store.memory import MemoryFile
-from weightfs.store.sparse import disk_errors
 from weightfs.testing.engines import running_engine
 from weightfs.testing.origin import Fault, FaultKind, Origin, open_origin
 from weightfs.testing.published import CHUNK, published_origin, sample

@@ -28,6 +28,7 @@ from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Blob, BlobId, Manifest, Trust
 from weightfs.errors import CacheError
 from weightfs.store import backup, evicting, ledger, lockfile, opening, refs, trial
+from weightfs.store.disk import disk_errors
 from weightfs.store.evicting import Use
 from weightfs.store.index import Index, Txn
 from weightfs.store.landing import Recorder
@@ -38,7 +39,7 @@ from weightfs.store.records import (
     RunState,
 )
 from weightfs.store.refs import StoredRef
-from weightfs.store.sparse import SparseFiles, disk_errors
+from weightfs.store.sparse import SparseFiles
 
 __all__ = ["Cache", "ChunkState", "Landing", "Progress", "RunState", "StoredRef"]
 

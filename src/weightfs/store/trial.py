@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from weightfs.errors import DiskFault
-from weightfs.store.sparse import disk_errors
+from weightfs.store.disk import disk_errors
 
 TRIAL_BYTES = 64 << 10  # in several blocks, and soon done
 _NAME = "trial"
