@@ -118,7 +118,7 @@ def test_pin_and_unpin(tmp_path: Path) -> None:
 @pytest.fixture
 def repository(monkeypatch: pytest.MonkeyPatch) -> MemoryRepository:
     made = MemoryRepository()
-    for module in ("engine", "worker"):
+    for module in ("parts", "worker"):
         monkeypatch.setattr(f"weightfs.engine.{module}.open_source", made.open_source)
     return made
 

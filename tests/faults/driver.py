@@ -193,8 +193,8 @@ async def main(root: Path, text: str, step: str, count: int, options: argparse.N
                     for _ in range(3):
                         nursery.start_soon(read_on, engine, manifest.entries[0].blob.id, truth)
                 await engine.complete(str(ref))
-                state = engine._catalog.state(manifest.entries[0].blob.id)
-                await engine._holdings.drop(state, range(3))
+                state = engine._parts.catalog.state(manifest.entries[0].blob.id)
+                await engine._parts.holdings.drop(state, range(3))
                 await engine.complete(str(ref))
                 nursery.cancel_scope.cancel()
             print(json.dumps({"done": True}), flush=True)
