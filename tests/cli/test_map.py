@@ -31,10 +31,11 @@ from weightfs.control.ports import Operations
 from weightfs.core.ref import parse_ref
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import IntegrityError, RefError, SourceError, UsageError
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.engines import running_engine
 from weightfs.testing.models import ModelShape, make_gguf
 from weightfs.testing.mounts import can_mount
+from weightfs.testing.waiting import until
 
 REF = "https://models.example.com/m.gguf"
 MIB = 1 << 20

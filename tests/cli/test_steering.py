@@ -14,9 +14,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from weightfs.cli import cli
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.models import make_gguf
 from weightfs.testing.mounts import can_mount
+from weightfs.testing.waiting import until
 
 DATA = bytes(range(256)) * 4096 * 3
 

@@ -28,11 +28,12 @@ from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import DiskFault, FailureKind, NoDescriptorsError, NoSpaceError, ReadError
 from weightfs.store.cache import Cache
 from weightfs.testing import disks
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.engines import running_engine
 from weightfs.testing.origin import Fault, FaultKind
 from weightfs.testing.published import CHUNK, bytes_asked, published_origin, sample
 from weightfs.testing.sick_disk import SickDisk, sick_disk
+from weightfs.testing.waiting import until
 
 COUNT = 24
 SIZE = COUNT * CHUNK + 123

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from weightfs.testing.models import ModelShape, make_gguf, make_safetensors
-from weightfs.testing.mounts import FakeMount, can_mount, until
+from weightfs.testing.mounts import FakeMount, can_mount
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.mount,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from weightfs.testing.mounts import FakeMount, can_mount, until
+from weightfs.testing.mounts import FakeMount, can_mount
+from weightfs.testing.waiting import until
 
 pytestmark = pytest.mark.mount
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from weightfs.mount import mounttable
-from weightfs.testing.mounts import FakeMount, can_mount, until
+from weightfs.testing.mounts import FakeMount, can_mount
+from weightfs.testing.waiting import until
 
 pytestmark = pytest.mark.mount
 

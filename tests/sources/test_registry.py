@@ -9,7 +9,6 @@ import ipaddress
 import json
 import logging
 import random
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -52,6 +51,7 @@ from weightfs.testing.registry import (
 from weightfs.testing.sources import Elsewhere, read_entry
 from weightfs.testing.tls import make_tls
 from weightfs.testing.token_server import reply, serve, stop_server
+from weightfs.testing.waiting import until
 
 GGUF = b"GGUF" + random.Random(5).randbytes(3 * MIB)
 PARTS = {"model": GGUF, "template": b"{{ .Prompt }}"}
@@ -82,14 +82,6 @@ async def opened(**settings: Any) -> AsyncIterator[OllamaSource]:
 async def resolve(registry: DockerRegistry, **settings: Any) -> Manifest:
     async with opened(**settings) as source:
         return await source.resolve(parse_ref(f"ollama://{registry.host}/{NAME}"))
-
-
-def poll(condition: Any) -> None:
-    """Until a real process has come so far."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def status_of(url: str, headers: dict[str, str] | None = None) -> int:
@@ -164,7 +156,7 @@ async def test_a_token_that_ends_amid_a_download_costs_no_retry(guarded: DockerR
         model = found.entries[0]
         assert await read_entry(source, model, 0, 10) == GGUF[:10]
         old = {"Authorization": f"Bearer {tokens.issue(['repository:library/x:pull'])}"}
-        await trio.to_thread.run_sync(poll, lambda: status_of(model.blob.mirrors[0].url, old) == 401)
+        await trio.to_thread.run_sync(until, lambda: status_of(model.blob.mirrors[0].url, old) == 401)
         tokens.lifetime = 300
         asked = len(tokens.seen)
         got: dict[int, bytes] = {}
@@ -207,7 +199,7 @@ async def test_signed_urls_that_end_are_renewed_once_for_all(guarded: DockerRegi
             url = front.signed_url(model.blob.digest)
             assert await read_entry(source, model, 0, 10) == GGUF[:10]
             assert front.signed == 1
-            await trio.to_thread.run_sync(poll, lambda: status_of(url) == 410)
+            await trio.to_thread.run_sync(until, lambda: status_of(url) == 410)
             front.lifetime = 3600
             got: dict[int, bytes] = {}
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 
 import weightfs
-from weightfs.testing.daemon import until
 from weightfs.testing.machine import NOBODY, Machine, why_not
 from weightfs.testing.nginx import Nginx
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.systemd,

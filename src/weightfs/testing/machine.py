@@ -19,7 +19,7 @@ from typing import Self
 
 import weightfs
 from weightfs.mount.mounttable import has_mount_privilege, parse_mountinfo
-from weightfs.testing.daemon import until
+from weightfs.testing.waiting import until
 
 SYSTEMD = Path("/lib/systemd/systemd")
 COMMAND_SECONDS = 60.0
