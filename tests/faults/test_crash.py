@@ -11,8 +11,7 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from weightfs.store.cache import Cache
 from weightfs.testing.engines import running_engine
 from weightfs.testing.nginx import Nginx
 from weightfs.testing.published import sample
+from weightfs.testing.waiting import until
 
 pytestmark = pytest.mark.nginx
 
@@ -104,13 +104,6 @@ def driving(cache: Path, url: str, step: str = "never", count: int = 1, *more: s
         finally:
             process.kill()
             process.wait(SECONDS)
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.005)
 
 
 def lives(pid: int) -> bool:
