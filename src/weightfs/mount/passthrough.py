@@ -236,13 +236,13 @@ class Passthrough:
             return b"", not_started(error)
         self._tester = process.pid  # it waits until we know
         try:
-            read, error = process.communicate(b"\n", SELF_TEST_TIMEOUT)
+            read, said = process.communicate(b"\n", SELF_TEST_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             # It may be in an unkillable wait: it is reaped whenever that ends, and nobody waits for it here.
             threading.Thread(target=process.communicate, daemon=True, name="weightfs-self-test").start()
             return b"", f"no end within {SELF_TEST_TIMEOUT:g} s"
-        return read, error.decode(errors="replace").strip()
+        return read, said.decode(errors="replace").strip()
 
     def open_private(self, private: Private, ctx: pyfuse3.RequestContext) -> NoReturn:
         """Answer an open of the self-test's file. FUSEError: this was the first, or something is not as it must be."""

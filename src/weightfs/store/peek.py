@@ -17,7 +17,7 @@ import lmdb
 
 from weightfs.errors import CacheError
 from weightfs.interpreter import not_started
-from weightfs.store.index import corrupt
+from weightfs.store.lmdberrors import corrupt
 from weightfs.store.records import RecordError, decode_ref, unseal
 
 MAX_REFS = 10_000  # as many as the configuration may name
