@@ -159,7 +159,7 @@ def test_a_walk_that_does_not_end_is_given_up(directory: Path, monkeypatch: pyte
 
 
 def test_a_walk_that_somebody_ended_is_no_damage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C on the terminal reaches the walker, too; and the OOM killer may choose it."""
+    """The OOM killer may choose the walker; Ctrl-C on the terminal reached it, too, and set a sound index aside."""
     Index.open(directory).abandon()
     for how in (
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
@@ -172,6 +172,16 @@ def test_a_walk_that_somebody_ended_is_no_damage(directory: Path, monkeypatch: p
         assert type(caught.value) is CacheError, "and so it is not set aside"
     monkeypatch.undo()
     Index.open(directory).close()
+
+
+def test_ctrl_c_on_the_terminal_does_not_reach_a_walk(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Index.open(directory).abandon()
+    alone = "import os, sys; print(os.getpgrp() == os.getpid(), file=sys.stderr); sys.exit(4)"
+    monkeypatch.setattr(probe, "_WALK", alone)
+    with pytest.raises(CacheCorruptError, match="True"):
+        Index.open(directory)
 
 
 def test_a_walk_that_cannot_begin_is_no_damage(

@@ -56,6 +56,7 @@ def walk(directory: Path) -> str | None:
             capture_output=True,
             timeout=PROBE_TIMEOUT,
             check=False,
+            process_group=0,  # Ctrl-C is for us, not for the walker
         )
     except subprocess.TimeoutExpired:
         return "its pages lead in a circle, or the disk does not answer"
