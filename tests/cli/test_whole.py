@@ -211,14 +211,21 @@ def test_verify_finds_and_repairs_a_flipped_bit(stage: Stage) -> None:
         for path in (stage.cache / "blobs").rglob("*")
         if path.is_file() and path.stat().st_size == len(DATA)
     ]
-    with file.open("r+b") as blob:
-        blob.seek(3 * 2**20)
-        byte = blob.read(1)[0]
-        blob.seek(3 * 2**20)
-        blob.write(bytes([byte ^ 1]))
+
+    def spoil() -> None:
+        with file.open("r+b") as blob:
+            blob.seek(3 * 2**20)
+            byte = blob.read(1)[0]
+            blob.seek(3 * 2**20)
+            blob.write(bytes([byte ^ 1]))
+
+    spoil()
     damaged = stage.run("verify", code=4)
     assert "chunk 3 is damaged" in damaged.stdout
-    assert "--repair" in damaged.stderr
+    assert "fetched again when it is wanted" in damaged.stderr
+    assert "ok, 5 chunks (" in stage.run("verify").stdout  # it is a hole now
+    stage.run("pull", ref)
+    spoil()
     repaired = stage.run("verify", "--repair")
     assert "fetched again: 1 chunk\n" in repaired.stdout
     stage.run("verify")

@@ -248,12 +248,10 @@ async def test_verify_finds_and_repairs_one_flipped_bit(
         with path.open("r+b") as file:
             file.seek(7 * MIB)
             file.write(bytes([content[7 * MIB] ^ 4]))
-        report = await engine.verify(str(ref), repair=False)
-        assert [chunk for _, chunk in report.bad] == [7]
-        assert not report.ok
         published.forget_requests()
         with trio.fail_after(30):
             report = await engine.verify(str(ref), repair=True)
+        assert [chunk for _, chunk in report.bad] == [7]
         assert report.ok
         assert report.repaired == 1
         assert published.bytes_sent("m.bin") == MIB

@@ -613,6 +613,22 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "bits flipped",
+        "what verify finds rotten is read on",
+        "engine/upkeep.py",
+        "                        await self._holdings.drop_bad(state, found)\n",
+        "",
+        ("mount/test_repair.py::test_what_verify_finds_rotten_is_not_read_any_more[False-False]",),
+    ),
+    Mutant(
+        "bits flipped",
+        "the kernel keeps what was read of it",
+        "engine/upkeep.py",
+        "                        state.refuted += 1",
+        "                        state.refuted += 0",
+        ("mount/test_repair.py::test_what_verify_finds_rotten_is_not_read_any_more[True-False]",),
+    ),
+    Mutant(
+        "bits flipped",
         "nothing that is suspect is hashed before its first use",
         "engine/reader.py",
         "        if good:\n            self._holdings.cleared(state, [chunk])\n",

@@ -60,6 +60,30 @@ def test_what_the_disk_spoilt_is_repaired_under_a_mount_and_told_everywhere(tmp_
         assert ": ok, 4 chunks" in done.stdout
 
 
+@pytest.mark.parametrize("passthrough", [True, False])
+@pytest.mark.parametrize("repair", [True, False])
+def test_what_verify_finds_rotten_is_not_read_any_more(
+    tmp_path: Path, passthrough: bool, repair: bool
+) -> None:
+    """Regression: without --repair it was read as it was; with it, the kernel kept what had been read before."""
+    plain = tmp_path / "m.bin"
+    plain.write_bytes(sample(SIZE))
+    ref = f"file://{plain}#sha256={hashlib.sha256(plain.read_bytes()).hexdigest()}"
+    way = "--passthrough" if passthrough else "--no-passthrough"
+    with Daemon(tmp_path, ref, options=[*OPTIONS, way]).start() as daemon:
+        daemon.complete(ref)
+        spoil(daemon, ref, 2**20 + 9)
+        assert daemon.run(SAME, ref, plain).strip() == "False"  # nobody knows yet
+        done = daemon.cli("verify", *(["--repair"] if repair else []), ref)
+        assert done.returncode == (0 if repair else 4), done.stderr
+        assert "chunk 1 is damaged" in done.stdout
+        assert daemon.run(SAME, ref, plain).strip() == "True"
+        done = daemon.cli("verify", ref)
+        assert done.returncode == 0, done.stdout
+        assert ": ok, 4 chunks" in done.stdout
+        assert daemon.stop() == 0
+
+
 def test_a_daemon_goes_on_from_the_copy_of_a_damaged_index(tmp_path: Path) -> None:
     plain = tmp_path / "m.bin"
     plain.write_bytes(sample(SIZE))

@@ -43,8 +43,8 @@ POLL = 0.5  # seconds between two looks at the progress
 def verify(ctx: click.Context, /, refs: tuple[str, ...], repair: bool, as_json: bool, **_: object) -> int:
     """Compare what is cached of the REFs (of all, if none is named) with its recorded digests.
 
-    Ends with 0 if all is as it should be, or was repaired, and with 4 if not. Without --repair nothing is changed: what
-    is damaged is read as it is.
+    Ends with 0 if all is as it should be, or was repaired, and with 4 if not. What is damaged is not read
+    any more: it is fetched again when it is wanted, or at once with --repair.
     """
     config = load_config(ctx)
     parsed = parse_refs(refs)
@@ -110,7 +110,9 @@ def verdict(reports: Sequence[Document], *, repair: bool) -> str:
         )
     damaged = [report["ref"] for report in reports if not report["ok"]]
     way_out = (
-        "remove it and pull it again" if repair else "it is read as it is until you run verify with --repair"
+        "remove it and pull it again"
+        if repair
+        else "what is damaged is not read any more: it is fetched again when it is wanted, or now by `weightfs pull`"
     )
     return f"what is cached of {', '.join(damaged)} is not what was recorded; {way_out}"
 

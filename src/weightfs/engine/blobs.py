@@ -69,7 +69,8 @@ class BlobState:
         0  # a full disk was given room once, for jobs below this number; 0: since a commit went well
     )
     no_room: NoSpaceError | None = None  # why it is not completed: the cache is full
-    refuted: int = 0  # how often it was quarantined since the start: pages of it in the kernel may be wrong
+    # How often it was quarantined, or rot was found in it, since the start: pages of it in the kernel may be wrong.
+    refuted: int = 0
     let_go: int = 0  # the byte up to which the pages behind a sequential reader were let go
     faults: Attribution = field(
         default_factory=Attribution

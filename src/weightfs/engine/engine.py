@@ -207,7 +207,7 @@ class Engine:
             raise
 
     def refuted(self, id: BlobId) -> int:  # noqa: A002 - the contract's name
-        """How often the blob was found to be wrong as a whole, since the start; 0 if there is none."""
+        """How often the blob was found to be wrong after it was read, since the start; 0 if there is none."""
         state = self._parts.catalog.get(id)
         return 0 if state is None else state.refuted
 

@@ -94,7 +94,8 @@ class Upkeep:
             for run in list(state.suspect.runs()):
                 span = self._hasher.batch(state, run.start, run.stop)
                 if found := await self._verify_span(state, span):
-                    await self._repair(state, found)
+                    await self._holdings.drop_bad(state, found)
+                    await self._fetch(state, found)
 
     async def _seal(self, path: str, state: BlobState) -> None:
         while not state.sealed:
@@ -130,7 +131,7 @@ class Upkeep:
     async def verify(
         self, ref: str, *, repair: bool, on_progress: Callable[[VerifyProgress], None] = lambda _: None
     ) -> VerifyReport:
-        """Hash everything of a ref that is cached; with `repair`, fetch again what differs from its record.
+        """Hash everything cached of a ref; drop what differs from its record and, with `repair`, fetch it again.
 
         KeyError if the ref is not pinned; CacheError if the records cannot be read; ReadError if a repair fails.
         """
@@ -142,15 +143,17 @@ class Upkeep:
             lost = await self._look_at_file(state)
             bad += [(path, chunk) for chunk in lost]
             if lost and repair:
-                repaired += await self._repair(state, lost)
+                repaired += await self._fetch(state, lost)
             for run in list(state.durable.runs()):
                 start = run.start
                 while start < run.stop:
                     span = self._hasher.batch(state, start, run.stop)
                     found = await self._verify_span(state, span)
                     bad += [(path, chunk) for chunk in found]
-                    if found and repair:
-                        repaired += await self._repair(state, found)
+                    if found:
+                        state.refuted += 1  # somebody may have read it, and the kernel keep that
+                        await self._holdings.drop_bad(state, found)
+                        repaired += await self._fetch(state, found) if repair else 0
                     chunks += len(span)
                     done += len(state.shape.bytes_of(span))
                     start = span.stop
@@ -175,8 +178,7 @@ class Upkeep:
         )
         return found
 
-    async def _repair(self, state: BlobState, chunks: list[int]) -> int:
-        await self._holdings.drop_bad(state, chunks)
+    async def _fetch(self, state: BlobState, chunks: list[int]) -> int:
         await self._holdings.prepare(state)
         for chunk in chunks:
             await self._fetcher.wait_for(state, ChunkSpan(chunk, chunk + 1))
