@@ -28,6 +28,7 @@ import trio
 from weightfs.app.daemon import LAYOUTS
 from weightfs.app.local import take_over
 from weightfs.app.measuring import mount_measures
+from weightfs.app.memory import give_back_buffers, keep_looks_short
 from weightfs.control.operations import ProcessInfo
 from weightfs.core.ref import parse_ref
 from weightfs.engine.engine import Engine
@@ -73,7 +74,7 @@ class Ticker(trio.abc.Instrument):
         self._worst, self._held, self._collected = 0.0, [], 0.0
         return text
 
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - the hook's form
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
         self._began = time.thread_time()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
@@ -97,7 +98,7 @@ def run_hub(files: int) -> None:
         hub.repo("small/files").commit({"config.json": b"{}"})
         print(hub.endpoint, flush=True)
         for number, _ in enumerate(sys.stdin):
-            names |= {name: b"%d" % number for name in list(names)[:10]}
+            names |= dict.fromkeys(list(names)[:10], b"%d" % number)
             repo.commit(names)
             print("committed", flush=True)
 
@@ -150,7 +151,9 @@ async def measure(home: Path, process: subprocess.Popen[str], ticker: Ticker, en
 
     async def ask(name: str, path: str) -> None:
         socket = str(home / "cache" / "control.sock")
-        await client(name, "curl", "-sSf", "-o", "/dev/null", "--unix-socket", socket, f"http://localhost{path}")
+        await client(
+            name, "curl", "-sSf", "-o", "/dev/null", "--unix-socket", socket, f"http://localhost{path}"
+        )
 
     async def other(engine: Engine) -> None:
         async with step("add and remove another ref"):
@@ -180,7 +183,8 @@ async def measure(home: Path, process: subprocess.Popen[str], ticker: Ticker, en
         async with step("update, unchanged"):
             await engine.update(REF)
         await client_of(home / "mnt/models")
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.write("\n")
         process.stdin.flush()
         await trio.to_thread.run_sync(process.stdout.readline)
@@ -228,7 +232,9 @@ async def run(home: Path, files: int, *, who: bool) -> None:
 def main() -> None:
     """Measure once, and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--files", type=int, default=99_000, help="the bound of a Hub's list counts directories too")
+    parser.add_argument(
+        "--files", type=int, default=99_000, help="the bound of a Hub's list counts directories too"
+    )
     parser.add_argument("--who", action="store_true", help="which tasks held the loop")
     parser.add_argument("--hub", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -236,6 +242,8 @@ def main() -> None:
         run_hub(options.files)
         return
     home = Path(tempfile.mkdtemp(prefix="weightfs-stalls-"))
+    give_back_buffers()
+    keep_looks_short()
     print(f"{options.files} files, load {os.getloadavg()[0]:.1f}, {sys.version.split()[0]}")
     try:
         trio.run(partial(run, home, options.files, who=options.who))

@@ -185,9 +185,10 @@ class Engine:
     # ---- life
 
     async def _start(self) -> None:
-        self._catalog.load()  # before anybody reads: the loop has nothing else to do
-        self._room.give_back_leftovers()
+        await trio.to_thread.run_sync(self._load)  # before anybody reads; signals are heard meanwhile
         await self._nursery.start(self._pool.run)
+        await self._pinning.introduce(self._catalog.states())
+        self._room.open()
         for task in (
             self._fetcher.keep_time,
             self._fetcher.keep_pace,
@@ -200,9 +201,11 @@ class Engine:
             self._watch.run,
         ):
             self._nursery.start_soon(task)
-        for state in self._catalog.states():
-            self._pinning.begin(state)
-        self._room.open()
+        await self._pinning.begin(self._catalog.states())
+
+    def _load(self) -> None:
+        self._catalog.load()
+        self._room.give_back_leftovers()
 
     async def _close(self) -> None:
         self.fail_reads()
@@ -405,6 +408,15 @@ class Engine:
     def status(self) -> EngineStatus:
         """A snapshot of everything."""
         return self._overview.status()
+
+    async def survey(self, files_at_most: int | None = None) -> EngineStatus:
+        """The same, not of one moment: readers have their turns meanwhile. Of each ref at most so many files."""
+        return await self._overview.survey(files_at_most)
+
+    def progress(self, ref_text: str) -> tuple[int, int]:
+        """Bytes of a ref's blobs, and how many of them are cached. KeyError if it is unknown."""
+        states = self._catalog.blobs(ref_text)
+        return sum(state.shape.size for state in states), sum(state.present_bytes for state in states)
 
     async def measures(self) -> Measures:
         """What is counted and measured, for machines. Readers have their turns meanwhile."""

@@ -78,7 +78,9 @@ class Repo:
     accepted: set[str] = field(default_factory=set)
     commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)  # "refs/heads/main" → commit
-    _listed: tuple[tuple[str, str, bool], list[dict[str, Any]]] | None = None  # the last: each page asks for it again
+    _listed: tuple[tuple[str, str, bool], list[dict[str, Any]]] | None = (
+        None  # the last: each page asks for it again
+    )
 
     def commit(self, files: Mapping[str, bytes], *, ref: str = "main", lfs: bool | None = None) -> str:
         """A new commit that holds exactly `files`, under a branch (or a full ref, as "refs/pr/1"); its name.

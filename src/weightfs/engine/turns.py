@@ -1,0 +1,18 @@
+"""Work on very many blobs in turns, so that whoever reads meanwhile does not wait for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+
+AT_A_TIME: Final = 256  # blobs of 100,000 that are seen to before readers have a turn: a few milliseconds
+
+
+def in_turns(items: Iterable[T]) -> Iterator[list[T]]:
+    """`items` in lists of at most `AT_A_TIME`. Whoever goes through them ends each turn with a checkpoint."""
+    rest = iter(items)
+    while turn := list(islice(rest, AT_A_TIME)):
+        yield turn
