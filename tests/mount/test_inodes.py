@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from weightfs.core.geometry import BlobShape, ByteSpan
@@ -210,6 +212,51 @@ def test_numbers_do_not_depend_on_the_order_of_entries_even_where_they_collide(w
             assert y is not None
             assert x.ino == y.ino
             a, b = x.ino, y.ino
+
+
+def seldom(key: bytes, attempt: int) -> int:
+    """Some collide."""
+    return 4 * (number_of(key, 0) % 60 + 1 + attempt)
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), entries), min_size=1, max_size=4),
+    st.sampled_from([number_of, seldom]),
+)
+def test_a_tree_joined_from_parts_is_the_tree_of_all_their_entries(
+    drawn: list[tuple[bool, list[Entry]]], number: Callable[[bytes, int], int]
+) -> None:
+    groups = [
+        [(f"all/{'own' if own else ''}{k if own else 'all'}/{path}", entry) for path, entry in some]
+        for k, (own, some) in enumerate(drawn)
+    ]
+    parts = [Namespace.build(group, number=number) for group in groups]
+    joined = Namespace.join(parts, number=number)
+    whole = Namespace.build([entry for group in groups for entry in group], number=number)
+    if joined is None:  # parts are in one another's way, or numbers are
+        event("not joined")
+        return
+    event(f"joined of {len(groups)}, {len(joined) - 1} nodes")
+    assert not whole.conflicts
+    assert joined._nodes.keys() == whole._nodes.keys()
+    for ino, node in whole._nodes.items():
+        other = joined._nodes[ino]
+        if isinstance(other, FileNode | SliceNode):
+            assert replace(other, blob=node.blob) == node  # type: ignore[union-attr]  # else that is unequal, too
+        else:
+            assert other == node
+    assert tree(joined) == tree(whole)
+
+
+def test_parts_without_anything_in_common_but_directories_are_joined() -> None:
+    entries: list[list[Entry]] = [
+        [("models/a/x", file("x")), ("hub/blobs/x", file("x")), ("hub/tag", Inline(b"t"))],
+        [("models/b/y", file("y")), ("models/b/x", file("x")), ("hub/tag", Inline(b"t")), ("models", Dir())],
+        [("models", Dir()), ("hub/l", Link("blobs/x"))],
+    ]
+    joined = Namespace.join(map(Namespace.build, entries))
+    assert joined is not None
+    assert tree(joined) == tree(Namespace.build([one for group in entries for one in group]))
 
 
 def test_a_file_in_the_way_of_a_directory_is_renamed_and_a_bad_path_left_out() -> None:

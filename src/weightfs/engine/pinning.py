@@ -29,7 +29,7 @@ from weightfs.engine.room import Room
 from weightfs.engine.seal import Sealer
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.engine.status import Outcome, RefUpdate
-from weightfs.engine.turns import in_turns
+from weightfs.engine.turns import in_turns, taken_in_turns
 from weightfs.engine.uncached import Uncached
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError, SourceError
@@ -231,11 +231,13 @@ class Pinning:
             with trio.CancelScope(shield=True):  # half a removal would leave files that nothing names
                 states = self._catalog.blobs(ref_text)
                 orphans = await self._catalog.remove(ref_text)
+                others = [state for state in states if self._holdings.pinned(state)]
+                del states
                 self._changed()
                 try:
                     freed = await self._delete(orphans)
                 finally:
-                    for turn in in_turns(states):
+                    for turn in in_turns(others):
                         for state in turn:
                             self._keeper.weigh(state)
                             self._keeper.rest(state)
@@ -256,16 +258,18 @@ class Pinning:
                 going = [state for state in left if not state.handles]
                 for state in going:
                     self._catalog.forget(state)
+                name = going[0].ref if going else ""
+                del left
                 try:
                     await self._delete(going)
                 except CacheError as error:
-                    log.warning("what %s was before keeps its space: %s", going[0].ref, error)
+                    log.warning("what %s was before keeps its space: %s", name, error)
 
-    async def _delete(self, states: Sequence[BlobState]) -> int:
+    async def _delete(self, states: list[BlobState]) -> int:
         """Delete blobs that the catalog has forgotten. The first CacheError is raised when all were tried."""
         freed = 0
         wrong: CacheError | None = None
-        for turn in in_turns(states):
+        for turn in taken_in_turns(states):
             try:
                 freed += await self._delete_turn(turn)
             except CacheError as error:

@@ -16,3 +16,11 @@ def in_turns(items: Iterable[T]) -> Iterator[list[T]]:
     rest = iter(items)
     while turn := list(islice(rest, AT_A_TIME)):
         yield turn
+
+
+def taken_in_turns(items: list[T]) -> Iterator[list[T]]:
+    """The same, from the end, and each is taken out: what nobody else has is freed turn by turn, not all at the end."""
+    while items:
+        turn = items[-AT_A_TIME:]
+        del items[-AT_A_TIME:]
+        yield turn

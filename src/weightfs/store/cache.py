@@ -198,7 +198,7 @@ class Cache:
     def orphans(self) -> list[BlobId]:
         """Blobs that no ref names: left by a removed ref, or by one that moved to another revision."""
         with self._index.read() as txn:
-            return sorted({record.blob.id for record in ledger.blob_records(txn)} - refs.named(txn))
+            return sorted({ledger.blob_id(key) for key in txn.keys("blob")} - refs.named(txn))
 
     # Blobs
 
