@@ -57,7 +57,7 @@ def render(document: object, depth: int = RENDERED_DEPTH) -> Iterator[str]:
     if depth and isinstance(document, dict):
         yield "{"
         for number, (key, value) in enumerate(document.items()):
-            yield f"{',' if number else ''}{json.dumps(key)}:"
+            yield f"{',' if number else ''}{json.dumps(key, ensure_ascii=False)}:"
             yield from render(value, depth - 1)
         yield "}"
     elif depth and isinstance(document, list):

@@ -34,6 +34,13 @@ _GIT_OID = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+class TooManyFilesError(ValueError):
+    """The revision is larger than `MAX_ENTRIES`."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"it has more than {MAX_ENTRIES} {what}")
+
+
 @dataclass(frozen=True, slots=True)
 class HubFile:
     """One file, as the API describes it. Digests are lower-case hex, sizes are bytes.
@@ -71,7 +78,7 @@ class HubTree:
         if not is_commit(self.sha):
             raise ValueError(f"{_shown(self.sha)} is not the name of a commit")
         if len(self.files) > MAX_ENTRIES:
-            raise ValueError(f"it has more than {MAX_ENTRIES} files")
+            raise TooManyFilesError("files")
         paths = {file.path for file in self.files}
         sizes: dict[str, int] = {}
         before = ""
@@ -120,7 +127,7 @@ class TreeReader:
         entries = _array(load_json(page, MAX_PAGE_VALUES))
         self._entries += len(entries)
         if self._entries > MAX_ENTRIES:
-            raise ValueError(f"it has more than {MAX_ENTRIES} files and directories")
+            raise TooManyFilesError("files and directories")
         self._files += [_file_of(fields) for fields in map(_object, entries) if fields.get("type") == "file"]
 
     def tree(self) -> HubTree:
