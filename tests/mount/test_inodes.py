@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
@@ -219,15 +220,26 @@ def seldom(key: bytes, attempt: int) -> int:
     return 4 * (number_of(key, 0) % 60 + 1 + attempt)
 
 
+ITEMS = st.one_of(
+    st.sampled_from("12").map(file),
+    st.integers(3, 4).map(lambda stop: part("1", 0, stop)),
+    st.just(Dir()),
+    st.sampled_from("x").map(Link),
+    st.binary(max_size=1).map(Inline),
+)
+# Seldom is one a part of another, so that a group is seldom in its own way.
+PATHS = st.sampled_from([*(f"{a}/{b}" for a in "abc" for b in "abc"), "a", "a/a/a", "b/b/b"])
+
+
 @given(
-    st.lists(st.tuples(st.booleans(), entries), min_size=1, max_size=4),
+    st.lists(st.tuples(st.booleans(), st.dictionaries(PATHS, ITEMS, max_size=5)), min_size=1, max_size=4),
     st.sampled_from([number_of, seldom]),
 )
 def test_a_tree_joined_from_parts_is_the_tree_of_all_their_entries(
-    drawn: list[tuple[bool, list[Entry]]], number: Callable[[bytes, int], int]
+    drawn: list[tuple[bool, dict[str, Item]]], number: Callable[[bytes, int], int]
 ) -> None:
     groups = [
-        [(f"all/{'own' if own else ''}{k if own else 'all'}/{path}", entry) for path, entry in some]
+        [(f"{k}/{path}" if own else path, entry) for path, entry in some.items()]
         for k, (own, some) in enumerate(drawn)
     ]
     parts = [Namespace.build(group, number=number) for group in groups]
@@ -246,6 +258,17 @@ def test_a_tree_joined_from_parts_is_the_tree_of_all_their_entries(
         else:
             assert other == node
     assert tree(joined) == tree(whole)
+
+
+@pytest.mark.parametrize("kind", [b"link", b"dir\0d"])
+def test_parts_with_one_number_for_two_things_are_not_joined(kind: bytes) -> None:
+    def number(key: bytes, attempt: int) -> int:
+        return 8 + 2 * attempt if key.startswith(kind) else number_of(key, attempt)
+
+    one, other = ([(f"d{name}/l", Link("t"))] for name in "ab")
+    parts = [Namespace.build(entries, number=number) for entries in (one, other)]
+    assert Namespace.join(parts, number=number) is None
+    assert len(tree(Namespace.build([*one, *other], number=number))) == 4
 
 
 def test_parts_without_anything_in_common_but_directories_are_joined() -> None:
