@@ -265,7 +265,7 @@ def test_parts_with_one_number_for_two_things_are_not_joined(kind: bytes) -> Non
     def number(key: bytes, attempt: int) -> int:
         return 8 + 2 * attempt if key.startswith(kind) else number_of(key, attempt)
 
-    one, other = ([(f"d{name}/l", Link("t"))] for name in "ab")
+    one, other = ([(f"d{name}/{name}", Link("t"))] for name in "ab")
     parts = [Namespace.build(entries, number=number) for entries in (one, other)]
     assert Namespace.join(parts, number=number) is None
     assert len(tree(Namespace.build([*one, *other], number=number))) == 4
