@@ -27,7 +27,7 @@ async def test_a_ref_that_was_written_down_is_shown_although_its_adder_is_gone(
         await engine.add(refs[0])
         shown: list[tuple[Manifest, ...]] = []
         engine.on_change = lambda: shown.append(tuple(engine.manifests()))
-        put = engine._catalog.put
+        put = engine._parts.catalog.put
         with trio.CancelScope() as scope:
 
             async def put_and_give_up(manifest: Manifest, introduce: Any) -> Put:
@@ -35,7 +35,7 @@ async def test_a_ref_that_was_written_down_is_shown_although_its_adder_is_gone(
                 scope.cancel()
                 return found
 
-            monkeypatch.setattr(engine._catalog, "put", put_and_give_up)
+            monkeypatch.setattr(engine._parts.catalog, "put", put_and_give_up)
             await engine.browse(refs[1])
         assert scope.cancelled_caught
         assert [manifest.ref for manifest in shown[-1]] == [str(ref) for ref in refs]

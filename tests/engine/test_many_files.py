@@ -40,14 +40,14 @@ class Steps(trio.abc.Instrument):
 
     def __init__(self, engine: Engine) -> None:
         self.most = self.now = self.all = 0
-        feed = engine._planner.feed
+        feed = engine._parts.planner.feed
 
         def counted(event: plan.Event, now: float) -> list[plan.Command]:
             self.now += 1
             self.all += 1
             return feed(event, now)
 
-        engine._planner.feed = counted  # type: ignore[method-assign]
+        engine._parts.planner.feed = counted  # type: ignore[method-assign]
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         self.most, self.now = max(self.most, self.now), 0
@@ -121,7 +121,7 @@ async def test_an_update_that_changes_nothing_writes_no_blob_and_asks_the_index_
         assert writes.count("blob") == len(FILES)
         writes.clear()
         asked = Calls(monkeypatch, Cache, "progress")
-        adopted = Calls(monkeypatch, engine._holdings, "adopt")
+        adopted = Calls(monkeypatch, engine._parts.holdings, "adopt")
         await engine.update(REF.text)
         assert writes == ["ref"]
         assert (asked.count, adopted.count) == (0, 0)
@@ -149,7 +149,7 @@ async def test_a_pinned_ref_has_a_few_files_made_at_a_time_and_all_are_fetched(
     repository.push(REF, FILES)
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         await engine.add(REF, headers=False)
-        fill = engine._holdings.fill
+        fill = engine._parts.holdings.fill
         now = most = 0
 
         async def counted(state: Any) -> None:
@@ -161,7 +161,7 @@ async def test_a_pinned_ref_has_a_few_files_made_at_a_time_and_all_are_fetched(
             finally:
                 now -= 1
 
-        monkeypatch.setattr(engine._holdings, "fill", counted)
+        monkeypatch.setattr(engine._parts.holdings, "fill", counted)
         await engine.pin(REF.text, pinned=True)
         with trio.fail_after(SECONDS):
             while not all(file.present_bytes for file in engine.status().refs[0].files):

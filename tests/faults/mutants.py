@@ -624,8 +624,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "LMDB file corrupted",
         "a record that cannot be is an error of ours",
-        "store/index.py",
-        "        raise _found_damaged(directory, str(error)) from error\n    except (\n",
+        "store/lmdberrors.py",
+        "        raise found_damaged(directory, str(error)) from error\n    except (\n",
         "        raise\n    except (\n",
         ("store/test_opening.py::test_damaged_meta",),
     ),
