@@ -122,7 +122,9 @@ async def test_an_update_that_changes_nothing_writes_no_blob_and_asks_the_index_
         writes.clear()
         asked = Calls(monkeypatch, Cache, "progress")
         adopted = Calls(monkeypatch, engine._parts.holdings, "adopt")
+        (before,) = engine.manifests()
         await engine.update(REF.text)
+        assert engine.manifests()[0] is before
         assert writes == ["ref"]
         assert (asked.count, adopted.count) == (0, 0)
         repository.push(REF, FILES | {"data/000.json": b"new"})

@@ -145,7 +145,7 @@ class Catalog:
         name = identity(manifest.ref)
         others = [stored for key, stored in self._refs.items() if key != name]
         stored, fresh, marks = await trio.to_thread.run_sync(
-            self._put, manifest, others, frozenset(self._states)
+            self._put, manifest, known, others, frozenset(self._states)
         )
         await introduce(fresh)
         self._states.update((state.id, state) for state in fresh)
@@ -153,7 +153,11 @@ class Catalog:
         return await self._follow(stored, fresh, manifest)
 
     def _put(
-        self, manifest: Manifest, others: list[StoredRef], known: frozenset[BlobId]
+        self,
+        manifest: Manifest,
+        before: StoredRef | None,
+        others: list[StoredRef],
+        known: frozenset[BlobId],
     ) -> tuple[StoredRef, list[BlobState], _Marks]:
         # The shape of what is known here is the planner's and the workers' too: it does not change while we run.
         for note in self._cache.put_ref(manifest, now=int(time.time()), in_use=known):
@@ -161,6 +165,8 @@ class Catalog:
         stored = self._cache.ref(manifest.ref)
         if stored is None:
             raise CacheError(f"{manifest.ref} was removed from the index by somebody else")
+        if before is not None and stored.manifest == before.manifest:  # the same, not twice in memory
+            stored = replace(stored, manifest=before.manifest)
         return stored, self._join(stored, known), self._marks_of([*others, stored])
 
     async def _follow(self, stored: StoredRef, fresh: list[BlobState], given: Manifest) -> Put:
