@@ -367,7 +367,7 @@ async def test_a_repository_of_too_many_files_is_refused_with_the_way_out(
         ("org/secret", "", FailureKind.AUTH, ["private or is gated", "HF_TOKEN"]),
         ("org/none", TOKEN, FailureKind.NOT_FOUND, ["does not exist", "another token"]),
         ("org/name@none", "", FailureKind.NOT_FOUND, ["no branch, tag or commit 'none'"]),
-        ("org/name", "hf_wrong", FailureKind.AUTH, ["renew"]),
+        ("org/name", "hf_wrong", FailureKind.AUTH, ["renew", "`weightfs reload`"]),
         (
             "org/gated",
             "",
