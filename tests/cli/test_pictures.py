@@ -64,10 +64,16 @@ def test_what_is_too_much_is_counted() -> None:
 
 def ref(name: str, **changed: Any) -> dict[str, Any]:
     mirror = {"url": "https://h/m", "faults": 0, "mismatches": 0, "rate": None, "benched_for": 0.0}
-    file = {"blob": name, "fetched_bytes": 0, "waiting_readers": 0, "error": "", "mirrors": [mirror]}
+    file = {
+        "blob": name,
+        "fetched_bytes": 0,
+        "waiting_readers": 0,
+        "error": "",
+        "mirrors": [mirror],
+    } | changed
     document = {"ref": name, "trust": "attested", "size_bytes": 100 * MIB, "present_bytes": 50 * MIB}
-    document |= {"complete": False, "pinned": False, "paused": False, "files": [{**file, **changed}]}
-    return document
+    document |= {"complete": False, "pinned": False, "paused": False, "files": [file]}
+    return document | {key: file[key] for key in ("fetched_bytes", "waiting_readers")}
 
 
 def status(*refs: dict[str, Any], **changed: Any) -> dict[str, Any]:

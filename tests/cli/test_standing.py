@@ -128,7 +128,7 @@ class Engine:
         self.error: CacheError | None = None
         self.silent = False
 
-    def status(self) -> EngineStatus:
+    async def survey(self) -> EngineStatus:
         return self.now
 
     async def probe(self) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import weightfs.errors
-from weightfs.control.documents import error_from_json, error_to_json, exit_code_of, to_json
+from weightfs.control.documents import error_from_json, error_to_json, exit_code_of, render, to_json
 from weightfs.core.manifest import BlobId, Trust
 from weightfs.errors import DaemonError, FailureKind, ReadError, SourceError, WeightfsError
 
@@ -97,3 +99,21 @@ def test_other_answers_are_a_daemon_error(document: object) -> None:
 )
 def test_a_read_error_ends_with_the_code_of_its_cause(kind: FailureKind, code: int) -> None:
     assert exit_code_of(ReadError("x", kind=kind)) == code
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)
+
+
+@given(VALUES, st.integers(0, 5))
+def test_json_in_pieces_is_the_same_json(value: object, depth: int) -> None:
+    pieces = list(render(value, depth))
+    assert "".join(pieces) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    assert depth == 0 or not value or not isinstance(value, dict | list) or len(pieces) > 1
+
+
+def test_json_has_no_infinity() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        list(render({"a": [float("inf")]}))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from weightfs.core.manifest import Manifest
 from weightfs.core.ref import parse_ref
-from weightfs.engine.blobs import BlobState
+from weightfs.engine.catalog import Put
 from weightfs.testing.engines import running_engine
 
 
@@ -19,27 +20,22 @@ async def test_a_ref_that_was_written_down_is_shown_although_its_adder_is_gone(
 ) -> None:
     data = b"one content" * 1000
     refs = []
-    for name in ("a.gguf", "b.gguf"):  # one blob: the second is adopted, not begun
+    for name in ("a.gguf", "b.gguf"):  # one blob: the second is followed, not begun
         (tmp_path / name).write_bytes(data)
         refs.append(parse_ref(f"{tmp_path / name}#sha256={hashlib.sha256(data).hexdigest()}"))
     async with running_engine(tmp_path / "cache") as engine:
         await engine.add(refs[0])
         shown: list[tuple[Manifest, ...]] = []
         engine.on_change = lambda: shown.append(tuple(engine.manifests()))
-        put, adopt = engine._parts.catalog.put, engine._parts.holdings.adopt
+        put = engine._parts.catalog.put
         with trio.CancelScope() as scope:
 
-            async def put_and_give_up(manifest: Manifest) -> object:
-                states = await put(manifest)
+            async def put_and_give_up(manifest: Manifest, introduce: Any) -> Put:
+                found = await put(manifest, introduce)
                 scope.cancel()
-                return states
-
-            async def adopt_slowly(state: BlobState) -> None:
-                await trio.lowlevel.checkpoint()
-                await adopt(state)
+                return found
 
             monkeypatch.setattr(engine._parts.catalog, "put", put_and_give_up)
-            monkeypatch.setattr(engine._parts.holdings, "adopt", adopt_slowly)
             await engine.browse(refs[1])
         assert scope.cancelled_caught
         assert [manifest.ref for manifest in shown[-1]] == [str(ref) for ref in refs]

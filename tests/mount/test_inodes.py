@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import replace
 
-from hypothesis import given
+import pytest
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from weightfs.core.geometry import BlobShape, ByteSpan
@@ -210,6 +213,73 @@ def test_numbers_do_not_depend_on_the_order_of_entries_even_where_they_collide(w
             assert y is not None
             assert x.ino == y.ino
             a, b = x.ino, y.ino
+
+
+def seldom(key: bytes, attempt: int) -> int:
+    """Some collide."""
+    return 4 * (number_of(key, 0) % 60 + 1 + attempt)
+
+
+ITEMS = st.one_of(
+    st.sampled_from("12").map(file),
+    st.integers(3, 4).map(lambda stop: part("1", 0, stop)),
+    st.just(Dir()),
+    st.sampled_from("x").map(Link),
+    st.binary(max_size=1).map(Inline),
+)
+# Seldom is one a part of another, so that a group is seldom in its own way.
+PATHS = st.sampled_from([*(f"{a}/{b}" for a in "abc" for b in "abc"), "a", "a/a/a", "b/b/b"])
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.dictionaries(PATHS, ITEMS, max_size=5)), min_size=1, max_size=4),
+    st.sampled_from([number_of, seldom]),
+)
+def test_a_tree_joined_from_parts_is_the_tree_of_all_their_entries(
+    drawn: list[tuple[bool, dict[str, Item]]], number: Callable[[bytes, int], int]
+) -> None:
+    groups = [
+        [(f"{k}/{path}" if own else path, entry) for path, entry in some.items()]
+        for k, (own, some) in enumerate(drawn)
+    ]
+    parts = [Namespace.build(group, number=number) for group in groups]
+    joined = Namespace.join(parts, number=number)
+    whole = Namespace.build([entry for group in groups for entry in group], number=number)
+    if joined is None:  # parts are in one another's way, or numbers are
+        event("not joined")
+        return
+    event(f"joined of {len(groups)}, {len(joined) - 1} nodes")
+    assert not whole.conflicts
+    assert joined._nodes.keys() == whole._nodes.keys()
+    for ino, node in whole._nodes.items():
+        other = joined._nodes[ino]
+        if isinstance(other, FileNode | SliceNode):
+            assert replace(other, blob=node.blob) == node  # type: ignore[union-attr]  # else that is unequal, too
+        else:
+            assert other == node
+    assert tree(joined) == tree(whole)
+
+
+@pytest.mark.parametrize("kind", [b"link", b"dir\0d"])
+def test_parts_with_one_number_for_two_things_are_not_joined(kind: bytes) -> None:
+    def number(key: bytes, attempt: int) -> int:
+        return 8 + 2 * attempt if key.startswith(kind) else number_of(key, attempt)
+
+    one, other = ([(f"d{name}/{name}", Link("t"))] for name in "ab")
+    parts = [Namespace.build(entries, number=number) for entries in (one, other)]
+    assert Namespace.join(parts, number=number) is None
+    assert len(tree(Namespace.build([*one, *other], number=number))) == 4
+
+
+def test_parts_without_anything_in_common_but_directories_are_joined() -> None:
+    entries: list[list[Entry]] = [
+        [("models/a/x", file("x")), ("hub/blobs/x", file("x")), ("hub/tag", Inline(b"t"))],
+        [("models/b/y", file("y")), ("models/b/x", file("x")), ("hub/tag", Inline(b"t")), ("models", Dir())],
+        [("models", Dir()), ("hub/l", Link("blobs/x"))],
+    ]
+    joined = Namespace.join(map(Namespace.build, entries))
+    assert joined is not None
+    assert tree(joined) == tree(Namespace.build([one for group in entries for one in group]))
 
 
 def test_a_file_in_the_way_of_a_directory_is_renamed_and_a_bad_path_left_out() -> None:

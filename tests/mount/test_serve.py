@@ -31,7 +31,8 @@ class FragileLayout:
         if self.broken:
             raise RuntimeError("a layout's bug")
         yield "fragile", Dir()
-        yield "fragile/link", Link(f"../models/{manifests[0].tree}/a")
+        for manifest in manifests:
+            yield "fragile/link", Link(f"../models/{manifest.tree}/a")
 
 
 async def output(*command: str) -> bytes:

@@ -14,7 +14,7 @@ from weightfs.core.manifest import Manifest
 from weightfs.layouts.base import Item
 from weightfs.layouts.models import ModelsLayout
 from weightfs.mount import trees
-from weightfs.mount.inodes import ROOT, Namespace
+from weightfs.mount.inodes import ROOT, DirNode, Namespace
 from weightfs.mount.trees import Trees
 from weightfs.testing.fake_engine import FakeEngine
 from weightfs.testing.layouts import made_up_manifest
@@ -28,9 +28,11 @@ class Gate(ModelsLayout):
         self.go.set()
         self.fails = False
         self.builds: list[bool] = []  # whether each was made in the main thread
+        self.seen: list[str] = []  # the refs of each
 
     def entries(self, manifests: Sequence[Manifest]) -> Iterator[tuple[str, Item]]:
         self.builds.append(threading.current_thread() is threading.main_thread())
+        self.seen += [manifest.ref for manifest in manifests]
         assert self.go.wait(60)
         if self.fails:
             raise RuntimeError("a layout's bug")
@@ -66,7 +68,42 @@ async def test_a_small_tree_is_there_when_the_change_was_told(stage: Stage) -> N
     stage.add("a", 2)
     assert stage.names() == {"a"}
     await stage.trees.settled()
-    assert stage.gate.builds == [True]
+    assert all(stage.gate.builds)
+
+
+async def test_a_change_of_one_ref_makes_nothing_anew_of_the_others(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trees, "AT_ONCE", 1000)
+    for name in ("a", "b"):
+        stage.add(name, 1)
+    stage.gate.seen.clear()
+    stage.add("c", 1)
+    assert stage.names() == {"a", "b", "c"}
+    assert stage.gate.seen == ["https://example.org/https/c"]
+    stage.add("b", 2)
+    assert stage.gate.seen[1:] == ["https://example.org/https/b"]
+    stage.engine.unpin("https://example.org/https/a")
+    assert stage.names() == {"b", "c"}
+    assert len(stage.gate.seen) == 2
+    assert len(stage.shown[-1]) == len(Trees(stage.engine, [stage.gate]).make())
+
+
+async def test_refs_in_one_anothers_way_are_told_and_both_shown(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage.add("a", 1)
+    manifest = made_up_manifest("https/a", {"0.gguf": "another"})
+    manifest = replace(manifest, ref="https://example.org/other")
+    stage.engine.put(manifest, {entry.blob.id: bytes(entry.blob.size) for entry in manifest.entries})
+    assert "taken twice" in caplog.text
+    tree = stage.shown[-1]
+    node = tree.lookup(ROOT, "models")
+    for name in ("https", "a"):
+        assert node is not None
+        node = tree.lookup(node.ino, name)
+    assert isinstance(node, DirNode)
+    assert sorted(name.partition("~")[0] for name in node.names) == ["0.gguf", "0.gguf"]
 
 
 async def test_one_file_of_a_large_repository_does_not_hold_the_loop_while_the_whole_list_is_read(
@@ -78,11 +115,12 @@ async def test_one_file_of_a_large_repository_does_not_hold_the_loop_while_the_w
         await stage.trees.settled()
         assert stage.names() == {"a"}
         nursery.cancel_scope.cancel()
-    assert stage.gate.builds == [False]
+    assert not any(stage.gate.builds)
 
 
 async def test_a_large_tree_is_made_beside_the_readers_and_awaited_by_who_needs_it(stage: Stage) -> None:
     stage.add("a", 1)
+    at_once = len(stage.gate.builds)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stage.trees.run)
         stage.gate.go.clear()
@@ -95,8 +133,7 @@ async def test_a_large_tree_is_made_beside_the_readers_and_awaited_by_who_needs_
         stage.gate.go.set()
         await stage.trees.settled()
         assert stage.names() == {"a", "b", "c"}
-        assert stage.gate.builds[0] is True
-        assert not any(stage.gate.builds[1:])
+        assert stage.gate.builds == [True] * at_once + [False] * (len(stage.gate.builds) - at_once)
         nursery.cancel_scope.cancel()
 
 

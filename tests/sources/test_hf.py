@@ -341,6 +341,17 @@ async def test_pages_without_end_are_refused(hub: Hub, repo: Repo, monkeypatch: 
     assert len(hub.requests("/tree/")) == 6
 
 
+async def test_a_repository_of_too_many_files_is_refused_with_the_way_out(
+    hub: Hub, repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightfs.core.hubtree.MAX_ENTRIES", 2)
+    error = await refused(hub, "org/name")
+    assert error.kind is FailureKind.PROTOCOL
+    sha = repo.refs["refs/heads/main"]
+    assert "has more than 100000 files and directories" in str(error)
+    assert f"one by one, as {hub.endpoint}/org/name/resolve/{sha}/<path>" in str(error)
+
+
 # ---- what is refused
 
 

@@ -385,7 +385,7 @@ def test_removing_a_ref_returns_what_nobody_else_names(cache: Cache) -> None:
 def test_deleting_a_blob(cache: Cache, sample: Sample) -> None:
     sample.land(cache, range(6))
     cache.remove_ref("https://host/m.gguf")
-    assert cache.delete_blob(sample.id) >= len(sample.data)
+    assert cache.delete_blobs([sample.id]) >= len(sample.data)
     assert cache.blob(sample.id) is None
     assert not cache.path(sample.id).exists()
     assert cache.check() == []

@@ -71,7 +71,7 @@ match sys.argv[3]:
         cache.drop(sample.id, ChunkSpan(0, 1))
     case "delete":
         cache.remove_ref(sample.manifest().ref)
-        cache.delete_blob(sample.id)
+        cache.delete_blobs([sample.id])
 print("survived")
 """
 

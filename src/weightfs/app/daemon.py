@@ -26,7 +26,7 @@ from weightfs.app.groups import most_telling
 from weightfs.app.interrupts import run_until_signal
 from weightfs.app.local import take_over
 from weightfs.app.measuring import mount_measures
-from weightfs.app.memory import give_back_buffers
+from weightfs.app.memory import give_back_buffers, keep_looks_short
 from weightfs.app.reloading import Reloader
 from weightfs.control.metrics import Scraper
 from weightfs.control.metrics_port import serve_metrics
@@ -90,6 +90,7 @@ def run_mount(
             log.error("the mount at %s stays behind: %s", order.mountpoint, error)  # one line
 
     give_back_buffers()
+    keep_looks_short()
     tell_on_signal()
     store = FdStore.from_environment(os.environ)
     work = partial(_serve, order, on_ready, store, Reloader(order, reread))

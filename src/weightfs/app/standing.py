@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class ServingEngine(Protocol):
     """The part of `engine.Engine` that is looked at."""
 
-    def status(self) -> EngineStatus:
+    async def survey(self) -> EngineStatus:
         """Everything, from memory."""
         ...
 
@@ -84,7 +84,7 @@ async def tell_status(engine: ServingEngine, clock: Callable[[], float] = time.p
     before, since = 0, trio.current_time()
     while True:
         began = clock()
-        status, now = engine.status(), trio.current_time()
+        status, now = await engine.survey(), trio.current_time()
         rate = (status.fetched_bytes - before) / (now - since) if now > since else 0.0
         before, since = status.fetched_bytes, now
         text = status_text(status, rate)

@@ -69,7 +69,7 @@ def _smooth(before: float, latest: float) -> float:
 
 
 def _fetched(ref: Document) -> int:
-    return sum({file["blob"]: file["fetched_bytes"] for file in ref["files"]}.values())
+    return int(ref["fetched_bytes"])
 
 
 @click.command(
@@ -232,7 +232,7 @@ def _head(document: Document, rates: Rates) -> list[str]:
 
 def _order(ref: Document, rates: Mapping[str, float]) -> tuple[bool, bool, bool, str]:
     """Who has waiting readers or errors first, then who is fetched, then who is not whole."""
-    urgent = any(file["waiting_readers"] or file["error"] for file in ref["files"])
+    urgent = ref["waiting_readers"] or any(file["error"] for file in ref["files"])
     return not urgent, not rates.get(ref["ref"]), bool(ref["complete"]), ref["ref"]
 
 
@@ -242,7 +242,7 @@ def _cells(ref: Document, rates: Mapping[str, float], name: int) -> tuple[str, .
     size, present = ref["size_bytes"], ref["present_bytes"]
     rate = rates.get(ref["ref"], 0.0)
     percent = 100 if ref["complete"] else min(99, present * 100 // max(1, size))
-    waiting = sum({file["blob"]: file["waiting_readers"] for file in ref["files"]}.values())
+    waiting = ref["waiting_readers"]
     marks = "".join(f" ({mark})" for mark in ("pinned", "paused") if ref.get(mark))
     bar = "#" * (BAR if ref["complete"] else min(BAR - 1, percent * BAR // 100))
     return (

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from weightfs.errors import DaemonError, FailureKind, ReadError, SourceError, We
 from weightfs.logs import redact_url
 
 MAX_DEPTH: Final = 16
+RENDERED_DEPTH: Final = 4  # refs, one, its files, one: what is below is a small piece
 
 # Read failures by cause: the origin's (3), disagreeing bytes (4), the cache's (5); see docs/configuration.md.
 _READ_EXIT_CODES: Final = {
@@ -44,6 +46,29 @@ def to_json(value: object, *, keep_urls: bool = False, depth: int = 0) -> Any:
         name: to_json(item, keep_urls=keep_urls or name == "ref", depth=depth + 1)
         for name, item in fields.items()
     }
+
+
+def render(document: object, depth: int = RENDERED_DEPTH) -> Iterator[str]:
+    """The document's JSON (RFC 8259) in pieces. ValueError: a number that JSON has not.
+
+    The encoder in C holds the interpreter's lock for as long as it works, and an answer may have 50 MB: in a thread,
+    and in pieces, it keeps no reader waiting.
+    """
+    if depth and isinstance(document, dict):
+        yield "{"
+        for number, (key, value) in enumerate(document.items()):
+            yield f"{',' if number else ''}{json.dumps(key, ensure_ascii=False)}:"
+            yield from render(value, depth - 1)
+        yield "}"
+    elif depth and isinstance(document, list):
+        yield "["
+        for number, value in enumerate(document):
+            if number:
+                yield ","
+            yield from render(value, depth - 1)
+        yield "]"
+    else:
+        yield json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _fields(value: object) -> dict[str, object] | None:

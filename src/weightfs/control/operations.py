@@ -20,10 +20,11 @@ from weightfs.control.documents import to_json
 from weightfs.control.jobs import Jobs
 from weightfs.control.metrics import MountMeasures
 from weightfs.control.ports import BlobStatusLike, Document, EngineLike, StoredRefLike
-from weightfs.core.manifest import Blob, BlobId, Trust
+from weightfs.core.manifest import Blob, Entry, Trust
 from weightfs.core.names import identity
 from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine.settings import FillMode
+from weightfs.engine.turns import in_turns
 from weightfs.errors import FailureKind, RefError, SourceError, UsageError
 
 T = TypeVar("T")
@@ -37,8 +38,8 @@ HEADERS_WAIT: Final = 60.0  # for those that `add` fetches in the background
 DEFAULT_FILL: Final = "default"  # as the mount is configured
 FILL_MODES: Final = (*(mode.value for mode in FillMode), DEFAULT_FILL)
 
-# What `status` says of a ref as a whole, beside the engine's word on each of its files.
-_SUMS: Final = ("size_bytes", "present_bytes", "complete", "trust", "fill")
+# Of one ref, in `status`: what `top` and people look at. A file takes some 1,300 bytes, and a client reads 64 MiB.
+FILES_AT_MOST: Final = 2000
 
 _WEAKEST_FIRST: Final = (
     Trust.QUARANTINED,
@@ -85,8 +86,10 @@ class EngineOperations:
 
     async def status(self) -> Document:
         """Everything."""
-        document: Document = {**to_json(self._engine.status()), **await self.health()}
-        sums = {ref["ref"]: {key: ref[key] for key in _SUMS} for ref in await self.refs()}
+        found = await self._engine.survey(FILES_AT_MOST)
+        told = await trio.to_thread.run_sync(to_json, found)
+        document: Document = {**told, **await self.health()}
+        sums = {stored.manifest.ref: await self._sums(stored) for stored in self._engine.refs()}
         document["refs"] = [{**ref, **sums.get(ref["ref"], {})} for ref in document["refs"]]
         return document
 
@@ -100,13 +103,13 @@ class EngineOperations:
 
     async def refs(self) -> list[Document]:
         """The refs, each with its blobs."""
-        return [self._ref_document(stored) for stored in self._engine.refs()]
+        return [await self._ref_document(stored) for stored in self._engine.refs()]
 
     async def add(self, ref: str, *, refresh: bool = False) -> Document:
         """Resolve and pin."""
         parsed = parse_ref(ref)
         manifest = await _in_time(str(parsed), self._engine.add(parsed, refresh=refresh))
-        return self._ref_document(self._stored(manifest.ref))
+        return await self._ref_document(self._stored(manifest.ref))
 
     async def update(self, ref: str) -> Document:
         """Follow a tag."""
@@ -130,7 +133,7 @@ class EngineOperations:
             await self._engine.pin(name, pinned=pinned)
         except KeyError:
             raise self._unknown(name) from None
-        return self._ref_document(self._stored(name))
+        return await self._ref_document(self._stored(name))
 
     async def set_fill(self, ref: str, mode: str) -> Document:
         """Complete in the background."""
@@ -141,7 +144,7 @@ class EngineOperations:
             await self._engine.set_fill(name, None if mode == DEFAULT_FILL else FillMode(mode))
         except KeyError:
             raise self._unknown(name) from None
-        return self._ref_document(self._stored(name))
+        return await self._ref_document(self._stored(name))
 
     async def pause(self, ref: str | None, *, paused: bool) -> Document:
         """Hold background fetching back."""
@@ -154,7 +157,7 @@ class EngineOperations:
                 await self._engine.pause(name, paused=paused)
             except KeyError:
                 raise self._unknown(name) from None
-            refs = [self._ref_document(self._stored(name))]
+            refs = [await self._ref_document(self._stored(name))]
         return {"all_paused": self._engine.all_paused, "refs": refs}
 
     async def remove(self, ref: str) -> Document:
@@ -183,7 +186,7 @@ class EngineOperations:
 
         async def work() -> Document:
             await self._engine.complete(name)
-            return self._ref_document(self._stored(name))
+            return await self._ref_document(self._stored(name))
 
         return self._jobs.start("fill", (name,), work, lambda: self._progress((name,))).document()
 
@@ -233,7 +236,8 @@ class EngineOperations:
         """Look into headers."""
         name = self._stored(_canonical(ref)).manifest.ref
         with _headers_bound(name):
-            document: Document = to_json(await self._engine.details(name, fetch=fetch))
+            details = await self._engine.details(name, fetch=fetch)
+        document: Document = await trio.to_thread.run_sync(to_json, details)
         document["models"] = [{**model.pop("info"), **model} for model in document["models"]]
         return document
 
@@ -270,38 +274,27 @@ class EngineOperations:
         return RefError(f"{name} is not in the cache {self._info.cache}; `weightfs ls` lists what is")
 
     def _progress(self, names: Sequence[str]) -> Document:
-        documents = [
-            self._ref_document(stored) for stored in self._engine.refs() if stored.manifest.ref in names
-        ]
-        return {
-            "size_bytes": sum(document["size_bytes"] for document in documents),
-            "present_bytes": sum(document["present_bytes"] for document in documents),
-        }
+        size = present = 0
+        for name in names:
+            with contextlib.suppress(KeyError):  # removed meanwhile
+                size, present = map(sum, zip((size, present), self._engine.progress(name), strict=True))
+        return {"size_bytes": size, "present_bytes": present}
 
-    def _ref_document(self, stored: StoredRefLike) -> Document:
-        manifest = stored.manifest
-        unique: dict[BlobId, Document] = {}
-        blobs = []
-        for entry in manifest.entries:
-            status = self._engine.blob_status(entry.blob.id)
-            document = _blob_document(entry.blob, status)
-            unique[entry.blob.id] = document
-            blobs.append({"path": f"models/{manifest.tree}/{entry.path}", **document})
-        trusts = {document["trust"] for document in unique.values()}
-        return {
-            "ref": manifest.ref,
-            "revision": manifest.revision,
-            "added_at": stored.added_at,
-            "pinned": stored.pinned,
-            "paused": stored.paused,
-            "fill": stored.fill or DEFAULT_FILL,
-            "previous": list(stored.previous),
-            "size_bytes": sum(document["size_bytes"] for document in unique.values()),
-            "present_bytes": sum(document["present_bytes"] for document in unique.values()),
-            "complete": all(document["complete"] for document in unique.values()),
-            "trust": next((str(trust) for trust in _WEAKEST_FIRST if trust in trusts), Trust.VERIFIED.value),
-            "blobs": blobs,
-        }
+    async def _ref_document(self, stored: StoredRefLike) -> Document:
+        return await trio.to_thread.run_sync(_document_of, stored, await self._blobs(stored))
+
+    async def _sums(self, stored: StoredRefLike) -> Document:
+        return await trio.to_thread.run_sync(_sums_of, stored, await self._blobs(stored))
+
+    async def _blobs(self, stored: StoredRefLike) -> list[tuple[Entry, BlobStatusLike]]:
+        """Each file of a ref, but those that are removed meanwhile: readers come between."""
+        found: list[tuple[Entry, BlobStatusLike]] = []
+        for turn in in_turns(stored.manifest.entries):
+            for entry in turn:
+                with contextlib.suppress(KeyError):
+                    found.append((entry, self._engine.blob_status(entry.blob.id)))
+            await trio.lowlevel.checkpoint()
+        return found
 
 
 async def _in_time(ref: str, answer: Awaitable[T]) -> T:
@@ -324,6 +317,39 @@ async def _in_time(ref: str, answer: Awaitable[T]) -> T:
             f"{ref}: the origin did not say within {ADD_BOUND:.0f} s what this is; try again later",
             kind=FailureKind.TIMEOUT,
         ) from None
+
+
+def _sums_of(stored: StoredRefLike, blobs: Sequence[tuple[Entry, BlobStatusLike]]) -> Document:
+    """What there is to say of a ref as a whole; each blob counts once."""
+    unique = {entry.blob.id: status for entry, status in blobs}
+    sizes = {entry.blob.id: entry.blob.size for entry, _ in blobs}
+    trusts = {str(status.trust) for status in unique.values()}
+    return {
+        "size_bytes": sum(sizes.values()),
+        "present_bytes": sum(status.present_bytes for status in unique.values()),
+        "complete": all(status.complete for status in unique.values()),
+        "trust": next((str(trust) for trust in _WEAKEST_FIRST if trust in trusts), Trust.VERIFIED.value),
+        "fill": stored.fill or DEFAULT_FILL,
+    }
+
+
+def _document_of(stored: StoredRefLike, blobs: Sequence[tuple[Entry, BlobStatusLike]]) -> Document:
+    manifest = stored.manifest
+    sums = _sums_of(stored, blobs)
+    return {
+        "ref": manifest.ref,
+        "revision": manifest.revision,
+        "added_at": stored.added_at,
+        "pinned": stored.pinned,
+        "paused": stored.paused,
+        "fill": sums.pop("fill"),
+        "previous": list(stored.previous),
+        **sums,
+        "blobs": [
+            {"path": f"models/{manifest.tree}/{entry.path}", **_blob_document(entry.blob, status)}
+            for entry, status in blobs
+        ],
+    }
 
 
 def _blob_document(blob: Blob, status: BlobStatusLike) -> Document:

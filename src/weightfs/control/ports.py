@@ -181,8 +181,12 @@ class EngineLike(Protocol):
         """Fetch again what is bad or quarantined."""
         ...
 
-    def status(self) -> object:
-        """A tree of frozen dataclasses."""
+    def progress(self, ref_text: str, /) -> tuple[int, int]:
+        """Bytes of a ref's blobs, and how many of them are cached. KeyError."""
+        ...
+
+    async def survey(self, files_at_most: int, /) -> object:
+        """A tree of frozen dataclasses; of each ref at most so many files."""
         ...
 
     def explain(self, blob_id: BlobId, span: ByteSpan, /) -> object:

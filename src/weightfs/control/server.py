@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from weightfs.control.address import socket_path
-from weightfs.control.documents import error_to_json
+from weightfs.control.documents import error_to_json, render
 from weightfs.control.listener import BoundedListener, PeerCheckedListener, listening
 from weightfs.control.metrics import Scraper
 from weightfs.control.ports import Document, Operations
@@ -233,23 +233,21 @@ async def _details(operations: Operations, request: Request) -> Document:
     return await operations.details(_query(request, "ref"), fetch=_query_flag(request, "fetch"))
 
 
-async def _map(operations: Operations, request: Request) -> Response:
+async def _map(operations: Operations, request: Request) -> Document:
     by = _query(request, "by", "tensor")
     if by not in ("tensor", "layer"):
         raise UsageError("the parameter 'by' must be tensor or layer")
-    document = await operations.tensor_map(
+    return await operations.tensor_map(
         _query(request, "ref"), layers=by == "layer", fetch=_query_flag(request, "fetch")
     )
-    return await _large(document)
 
 
-async def _chunks(operations: Operations, request: Request) -> Response:
-    return await _large(await operations.chunk_map(_query(request, "ref")))
+async def _chunks(operations: Operations, request: Request) -> Document:
+    return await operations.chunk_map(_query(request, "ref"))
 
 
-async def _large(document: Document) -> Response:
-    # Up to some 50 MB: in a thread, and by the encoder in Python, since the one in C holds the interpreter's lock.
-    body = await trio.to_thread.run_sync(lambda: "".join(json.JSONEncoder().iterencode(document)).encode())
+async def _rendered(document: Document) -> Response:
+    body = await trio.to_thread.run_sync(lambda: "".join(render(document)).encode())
     return Response(body, media_type="application/json")
 
 
@@ -272,7 +270,7 @@ def _endpoint(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
     async def respond(request: Request) -> Response:
         try:
             answer = await handler(request)
-            return answer if isinstance(answer, Response) else JSONResponse(answer)
+            return answer if isinstance(answer, Response) else await _rendered(answer)
         except WeightfsError as error:
             return JSONResponse(error_to_json(error), status_code=_status_of(error))
         except ClientDisconnect:

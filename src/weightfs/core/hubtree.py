@@ -34,6 +34,13 @@ _GIT_OID = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+class TooManyFilesError(ValueError):
+    """The revision is larger than `MAX_ENTRIES`."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"it has more than {MAX_ENTRIES} {what}")
+
+
 @dataclass(frozen=True, slots=True)
 class HubFile:
     """One file, as the API describes it. Digests are lower-case hex, sizes are bytes.
@@ -71,7 +78,7 @@ class HubTree:
         if not is_commit(self.sha):
             raise ValueError(f"{_shown(self.sha)} is not the name of a commit")
         if len(self.files) > MAX_ENTRIES:
-            raise ValueError(f"it has more than {MAX_ENTRIES} files")
+            raise TooManyFilesError("files")
         paths = {file.path for file in self.files}
         sizes: dict[str, int] = {}
         before = ""
@@ -94,9 +101,9 @@ class HubTree:
         client: `size`, `blob_id`, then `lfs_sha256` and `lfs_size` if it is in LFS, and `xet_hash` if it is in Xet's
         store.
         """
-        files = {file.path: _fields_of(file) for file in self.files}
-        document = {"sha": self.sha, "files": files}
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        # File by file: the encoder holds the interpreter's lock as long as it works, 0.3 s for all of 100,000.
+        files = (f"{_json(file.path)}:{_json(_fields_of(file))}" for file in self.files)
+        return f'{{"sha":{_json(self.sha)},"files":{{{",".join(files)}}}}}'.encode()
 
 
 class TreeReader:
@@ -120,7 +127,7 @@ class TreeReader:
         entries = _array(load_json(page, MAX_PAGE_VALUES))
         self._entries += len(entries)
         if self._entries > MAX_ENTRIES:
-            raise ValueError(f"it has more than {MAX_ENTRIES} files and directories")
+            raise TooManyFilesError("files and directories")
         self._files += [_file_of(fields) for fields in map(_object, entries) if fields.get("type") == "file"]
 
     def tree(self) -> HubTree:
@@ -170,6 +177,10 @@ def is_commit(text: object) -> bool:
 def git_oid(data: bytes) -> str:
     """Git's object name of a file's bytes, in hex (Pro Git, "Git Objects")."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _file_of(fields: dict[str, object]) -> HubFile:

@@ -158,6 +158,8 @@ def canonical_url(url: str) -> str:
 
 def without_secrets(url: str) -> str:
     """The URL without userinfo, query and fragment, which may hold tokens: for logs, errors and status."""
+    if not any(mark in url for mark in "@?#"):  # nearly always, and 100,000 files are told of at a time
+        return url
     scheme, separator, rest = url.partition("://")
     if not separator:
         return re.sub(r"[^/]*@", "", re.split(r"[?#]", url, maxsplit=1)[0])

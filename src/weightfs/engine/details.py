@@ -33,6 +33,7 @@ from weightfs.core.tensors import (
     read_shards,
 )
 from weightfs.engine.headers import Headers, NotCachedError, Part
+from weightfs.engine.turns import AT_A_TIME
 from weightfs.errors import CacheError, ReadError
 
 READ_SECONDS: Final = 10.0  # for what is in the cache already
@@ -174,7 +175,9 @@ class Details:
     async def _small(self, manifest: Manifest) -> dict[str, bytes]:
         """What is cached of the small files that say something about models, by path."""
         found = {}
-        for part in self._headers.parts(manifest):
+        for number, part in enumerate(self._headers.parts(manifest), 1):
+            if not number % AT_A_TIME:
+                await trio.lowlevel.checkpoint()
             name = part.path.rpartition("/")[2]
             if name != "config.json" and not name.endswith(".safetensors.index.json"):
                 continue

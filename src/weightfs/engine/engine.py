@@ -225,6 +225,15 @@ class Engine:
         """A snapshot of everything."""
         return self._parts.overview.status()
 
+    async def survey(self, files_at_most: int | None = None) -> EngineStatus:
+        """The same, not of one moment: readers have their turns meanwhile. Of each ref at most so many files."""
+        return await self._parts.overview.survey(files_at_most)
+
+    def progress(self, ref_text: str) -> tuple[int, int]:
+        """Bytes of a ref's blobs, and how many of them are cached. KeyError if it is unknown."""
+        states = self._parts.catalog.blobs(ref_text)
+        return sum(state.shape.size for state in states), sum(state.present_bytes for state in states)
+
     async def measures(self) -> Measures:
         """What is counted and measured, for machines. Readers have their turns meanwhile."""
         return await self._parts.overview.measures()

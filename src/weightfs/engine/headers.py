@@ -25,6 +25,7 @@ from weightfs.core.tensors import Header, HeaderError, NeedMore, is_model_file
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.catalog import Catalog
 from weightfs.engine.reader import Reader
+from weightfs.engine.turns import AT_A_TIME
 from weightfs.errors import CacheError, FailureKind, ReadError
 
 SMALL_BYTES: Final = (
@@ -120,15 +121,13 @@ class Headers:
         """Whether anything is being fetched here."""
         return bool(self._running)
 
-    def parts(self, manifest: Manifest) -> list[Part]:
-        """Its files, without those whose blob is being removed."""
-        found = []
+    def parts(self, manifest: Manifest) -> Iterator[Part]:
+        """Its files, as they are when they come up, without those whose blob is being removed."""
         for entry in manifest.entries:
             state = self._catalog.get(entry.blob.id)
             if state is not None:
                 whole = ByteSpan(0, entry.blob.size)
-                found.append(Part(entry.path, state, whole if entry.span is None else entry.span))
-        return found
+                yield Part(entry.path, state, whole if entry.span is None else entry.span)
 
     async def read(self, part: Part, span: ByteSpan, *, fetch: bool) -> bytes:
         """Bytes of a file. NotCachedError unless they are there or may be fetched; ReadError."""
@@ -167,11 +166,13 @@ class Headers:
                 del self._running[manifest.ref]
             run.done.set()
 
-    def _wanted(self, manifest: Manifest) -> Iterator[Part]:
-        """The small files, as far as the bound goes, then those with headers."""
+    def _wanted(self, manifest: Manifest) -> Iterator[Part | None]:
+        """The small files, as far as the bound goes, then those with headers. None: others may come between."""
         total = count = 0
         headed = []
-        for part in self.parts(manifest):
+        for number, part in enumerate(self.parts(manifest), 1):
+            if not number % AT_A_TIME:
+                yield None
             if count >= MAX_FILES:
                 log.info(
                     "%s has more files than headers are fetched of at once (%d)", manifest.ref, MAX_FILES
@@ -189,8 +190,11 @@ class Headers:
                 headed.append(part)
         yield from headed
 
-    async def _work(self, ref: str, work: Iterator[Part], run: _Run) -> None:
+    async def _work(self, ref: str, work: Iterator[Part | None], run: _Run) -> None:
         for part in work:
+            if part is None:
+                await trio.lowlevel.checkpoint()
+                continue
             try:
                 with trio.fail_after(FILE_SECONDS):
                     await self._fetch(part)

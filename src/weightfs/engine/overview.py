@@ -1,6 +1,7 @@
 """The engine looked at from outside: its status, its measures, what is in flight, and whether all of it agrees.
 
-Rule: looking changes nothing, and but for `measures`, which lets readers come between, answers at once from memory.
+Rule: looking changes nothing, and is from memory. `measures` and `survey` let readers come between, for there may be
+100,000 files; the rest answers at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.health import DiskWatch
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.measures import Measures, measure
-from weightfs.engine.report import describe_jobs, describe_refs
+from weightfs.engine.report import RefReport, describe_jobs
 from weightfs.engine.room import Room
 from weightfs.engine.status import EngineStatus
 from weightfs.engine.tally import Tally
@@ -62,6 +63,19 @@ class Overview:
 
     def status(self) -> EngineStatus:
         """A snapshot of everything."""
+        report = RefReport(self._catalog, self._planner, trio.current_time(), None)
+        for _ in report.turns():
+            pass
+        return self._status(report)
+
+    async def survey(self, files_at_most: int | None) -> EngineStatus:
+        """The same, not of one moment: readers come between. Of each ref at most so many files."""
+        report = RefReport(self._catalog, self._planner, trio.current_time(), files_at_most)
+        for _ in report.turns():
+            await trio.lowlevel.checkpoint()
+        return self._status(report)
+
+    def _status(self, report: RefReport) -> EngineStatus:
         now = trio.current_time()
         full = str(self._committer.trouble or self._room.trouble)
         trouble = self._watch.trouble or self._uncached.trouble(full)
@@ -84,7 +98,7 @@ class Overview:
             uncached_bytes=uncached,
             trouble=trouble,
             paused=self._catalog.all_paused,
-            refs=describe_refs(self._catalog, self._planner, now),
+            refs=tuple(report.refs),
             jobs=(*describe_jobs(self._planner, now), *describe_jobs(self._uncached.planner, now)),
         )
 

@@ -156,9 +156,10 @@ class Parts:
 
     async def start(self) -> None:
         """Begin all that goes on by itself."""
-        self.catalog.load()  # before anybody reads: the loop has nothing else to do
-        self.room.give_back_leftovers()
+        await trio.to_thread.run_sync(self._load)  # before anybody reads; signals are heard meanwhile
         await self._nursery.start(self.pool.run)
+        await self.pinning.introduce(self.catalog.states())
+        self.room.open()
         for task in (
             self.fetcher.keep_time,
             self.fetcher.keep_pace,
@@ -171,9 +172,11 @@ class Parts:
             self.watch.run,
         ):
             self._nursery.start_soon(task)
-        for state in self.catalog.states():
-            self.pinning.begin(state)
-        self.room.open()
+        await self.pinning.begin(self.catalog.states())
+
+    def _load(self) -> None:
+        self.catalog.load()
+        self.room.give_back_leftovers()
 
     async def close(self) -> None:
         """Fail the readers, and end everything that runs."""

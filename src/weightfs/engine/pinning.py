@@ -7,8 +7,9 @@ goes when nobody has it open any more.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -17,7 +18,7 @@ from weightfs.core.manifest import BlobId, Manifest, Policy
 from weightfs.core.planner import Planner
 from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine.blobs import BlobState
-from weightfs.engine.catalog import Catalog
+from weightfs.engine.catalog import Catalog, Put
 from weightfs.engine.committer import Committer
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.headers import Headers
@@ -28,6 +29,7 @@ from weightfs.engine.room import Room
 from weightfs.engine.seal import Sealer
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.engine.status import Outcome, RefUpdate
+from weightfs.engine.turns import in_turns, taken_in_turns
 from weightfs.engine.uncached import Uncached
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import CacheError, FailureKind, IntegrityError, ReadError, SourceError
@@ -35,8 +37,6 @@ from weightfs.sources import home_of, keeps_headers
 from weightfs.store.cache import Cache, StoredRef
 
 log = logging.getLogger(__name__)
-
-AT_A_TIME = 256  # blobs of 100,000 that are paused before readers have a turn: a few milliseconds
 
 
 class Pinning:
@@ -83,14 +83,25 @@ class Pinning:
         """Other settings, from now on."""
         self._settings = settings
 
-    def begin(self, state: BlobState) -> None:
-        """Have a pinned blob fetched, kept and sealed as its readers and its refs want."""
-        leftover = state.whole and state.stale  # what was written and not recorded keeps its room
-        kept = [chunk for chunk in state.shape.chunks if chunk not in state.present] if leftover else ()
-        self._fetcher.add(state, state.present, kept)
-        self._keeper.begin(state)
-        if len(state.durable) > state.frontier or state.durable.full:
-            self._sealer.poke(state)
+    async def introduce(self, states: Sequence[BlobState]) -> None:
+        """Let the planner know new blobs."""
+        for turn in in_turns(states):
+            for state in turn:
+                leftover = state.whole and state.stale  # what was written and not recorded keeps its room
+                kept = (
+                    [chunk for chunk in state.shape.chunks if chunk not in state.present] if leftover else ()
+                )
+                self._fetcher.add(state, state.present, kept)
+            await trio.lowlevel.checkpoint()
+
+    async def begin(self, states: Sequence[BlobState]) -> None:
+        """Have pinned blobs that the planner knows kept and sealed as their refs want."""
+        for turn in in_turns(states):
+            for state in turn:
+                self._keeper.begin(state)
+                if len(state.durable) > state.frontier or state.durable.full:
+                    self._sealer.poke(state)
+            await trio.lowlevel.checkpoint()
 
     async def add(self, ref: Ref, *, refresh: bool = False, headers: bool = True) -> Manifest:
         """Pin a ref and show it. A pinned one is served from the index without asking anybody, unless `refresh`.
@@ -125,16 +136,9 @@ class Pinning:
             if known is not None and self._catalog.ref(str(ref)) is None:
                 raise ReadError(f"{ref} was removed meanwhile", kind=FailureKind.CANCELLED, ref=str(ref))
             with trio.CancelScope(shield=True):  # half of it would be a ref that is known and never shown
-                for state in await self._catalog.put(manifest):
-                    if self._planner.knows(state.id):
-                        self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
-                        try:
-                            await self._holdings.adopt(state)
-                        finally:  # the list counts from here on, recorded or not
-                            self._uncached.changed(state)
-                        self._keeper.begin(state)
-                    else:
-                        self.begin(state)
+                put = await self._catalog.put(manifest, self.introduce)
+                await self.begin(put.fresh)
+                await self._follow(put)
         self._changed()
         if known is not None and _move(known, manifest.revision) is Outcome.ROLLED_BACK:
             log.warning(
@@ -143,6 +147,19 @@ class Pinning:
             )  # fmt: skip
         await self.tidy()
         return manifest
+
+    async def _follow(self, put: Put) -> None:
+        """Blobs that were known before are pinned once more, perhaps from other places or with a list of chunks."""
+        for turn in in_turns(put.known):
+            for state in turn:
+                self._fetcher.feed(plan.Remirrored(state.id, state.mirrors))
+                try:
+                    if state.id in put.relisted:
+                        await self._holdings.adopt(state)
+                finally:  # the list counts from here on, recorded or not
+                    self._uncached.changed(state)
+                self._keeper.begin(state)
+            await trio.lowlevel.checkpoint()
 
     async def update(self, ref_text: str) -> RefUpdate:
         """Ask what a known ref is now, and follow it there. KeyError if it is unknown; else as `add`."""
@@ -168,9 +185,7 @@ class Pinning:
 
     async def pin(self, ref_text: str, *, pinned: bool) -> None:
         """Keep all of a ref, from now on and after every start; or no longer. KeyError if it is unknown."""
-        async with self._lock:
-            await self._catalog.mark(ref_text, pinned=pinned)
-            self._weigh(ref_text)
+        await self._mark(ref_text, pinned=pinned)
         self._room.poke()
 
     async def set_fill(self, ref_text: str, mode: FillMode | None) -> None:
@@ -178,43 +193,55 @@ class Pinning:
 
         KeyError if it is unknown.
         """
-        async with self._lock:
-            await self._catalog.mark(ref_text, fill="" if mode is None else mode.value)
-            self._weigh(ref_text)
+        await self._mark(ref_text, fill="" if mode is None else mode.value)
 
     async def pause(self, ref_text: str, *, paused: bool) -> None:
         """Fetch nothing of a ref in the background, from now on and after every start; or again. KeyError."""
+        await self._mark(ref_text, paused=paused)
+
+    async def _mark(
+        self,
+        ref_text: str,
+        *,
+        pinned: bool | None = None,
+        paused: bool | None = None,
+        fill: str | None = None,
+    ) -> None:
         async with self._lock:
-            await self._catalog.mark(ref_text, paused=paused)
-            self._weigh(ref_text)
+            await self._catalog.mark(ref_text, pinned=pinned, paused=paused, fill=fill)
+            with trio.CancelScope(shield=True):  # what is marked holds for all of its blobs
+                for turn in in_turns(self._catalog.blobs(ref_text)):
+                    for state in turn:
+                        self._keeper.begin(state)
+                        self._keeper.rest(state)
+                    await trio.lowlevel.checkpoint()
 
     async def pause_all(self, *, paused: bool) -> None:
         """Fetch nothing at all in the background; or again what is not paused by itself."""
         async with self._lock:
             await self._catalog.pause_all(paused=paused)
-            for number, state in enumerate(self._catalog.states()):
-                self._keeper.weigh(state)
-                if number % AT_A_TIME == AT_A_TIME - 1:
-                    await trio.lowlevel.checkpoint()  # readers come between
-
-    def _weigh(self, ref_text: str) -> None:
-        for _, state in self._catalog.files(ref_text):
-            self._keeper.begin(state)
-            self._keeper.rest(state)
+            for turn in in_turns(self._catalog.states()):
+                for state in turn:
+                    self._keeper.weigh(state)
+                await trio.lowlevel.checkpoint()
 
     async def remove(self, ref_text: str) -> int:
         """Forget a ref and delete what only it had; the bytes freed. KeyError if it is not pinned."""
-        freed = 0
         async with self._lock:
             with trio.CancelScope(shield=True):  # half a removal would leave files that nothing names
-                states = [state for _, state in self._catalog.files(ref_text)]
+                states = self._catalog.blobs(ref_text)
                 orphans = await self._catalog.remove(ref_text)
+                others = [state for state in states if self._holdings.pinned(state)]
+                del states
                 self._changed()
-                for state in orphans:
-                    freed += await self._delete(state)
-                for state in states:
-                    self._keeper.weigh(state)
-                    self._keeper.rest(state)
+                try:
+                    freed = await self._delete(orphans)
+                finally:
+                    for turn in in_turns(others):
+                        for state in turn:
+                            self._keeper.weigh(state)
+                            self._keeper.rest(state)
+                        await trio.lowlevel.checkpoint()
         return freed
 
     def left(self, blob: BlobId) -> bool:
@@ -225,28 +252,46 @@ class Pinning:
         """Delete what no ref names any more, as soon as nobody has it open."""
         async with self._lock:
             with trio.CancelScope(shield=True):  # as in `remove`
-                left = self._catalog.unnamed()
+                left = await self._catalog.unnamed()
                 self._left = {state.id for state in left if state.handles}
-                for state in left:
-                    if state.handles:
-                        continue  # `released` comes back to it; so does the next start
+                # `released` comes back to those that are open; so does the next start.
+                going = [state for state in left if not state.handles]
+                for state in going:
                     self._catalog.forget(state)
-                    try:
-                        await self._delete(state)
-                    except CacheError as error:
-                        log.warning("what %s was before keeps its space: %s", state.ref, error)
+                name = going[0].ref if going else ""
+                del left
+                try:
+                    await self._delete(going)
+                except CacheError as error:
+                    log.warning("what %s was before keeps its space: %s", name, error)
 
-    async def _delete(self, state: BlobState) -> int:
-        self._sealer.forget(state)
-        state.generation += 1
-        with self._room.leaving(state):
-            self._fetcher.remove(state.id)
-            state.notify()
-            await self._uncached.remove(state)
-            await self._fetcher.drained(state)  # a job's last chunk may still be on its way to the file
-            async with state.preparing:
-                await self._committer.forget(state.id)
-                return await trio.to_thread.run_sync(self._cache.delete_blob, state.id)
+    async def _delete(self, states: list[BlobState]) -> int:
+        """Delete blobs that the catalog has forgotten. The first CacheError is raised when all were tried."""
+        freed = 0
+        wrong: CacheError | None = None
+        for turn in taken_in_turns(states):
+            try:
+                freed += await self._delete_turn(turn)
+            except CacheError as error:
+                wrong = wrong or error
+        if wrong is not None:
+            raise wrong
+        return freed
+
+    async def _delete_turn(self, states: Sequence[BlobState]) -> int:
+        with contextlib.ExitStack() as leaving:
+            for state in states:
+                self._sealer.forget(state)
+                state.generation += 1
+                leaving.enter_context(self._room.leaving(state))
+                self._fetcher.remove(state.id)
+                state.notify()
+            for state in states:
+                await self._uncached.remove(state)
+                await self._fetcher.drained(state)  # a job's last chunk may still be on its way to the file
+                async with state.preparing:  # nobody makes its file any more, since it is not pinned
+                    await self._committer.forget(state.id)
+            return await trio.to_thread.run_sync(self._cache.delete_blobs, [state.id for state in states])
 
 
 def _move(before: StoredRef, revision: str) -> Outcome:

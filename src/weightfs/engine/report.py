@@ -1,42 +1,93 @@
-"""From the engine's memory to the frozen snapshots of `status`."""
+"""From the engine's memory to the frozen snapshots of `status`.
+
+Rule: what is said of refs is made a turn at a time. Whoever lets others come between does so after each
+(`Overview.survey`); whoever wants one moment goes on at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from weightfs.core.attribution import FaultCounts
+from weightfs.core.manifest import BlobId
 from weightfs.core.planner import Planner
 from weightfs.core.ref import without_secrets
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.catalog import Catalog
 from weightfs.engine.status import FileStatus, JobStatus, MirrorStatus, RefStatus
+from weightfs.engine.turns import in_turns
+from weightfs.store.cache import StoredRef
 
 
-def describe_refs(catalog: Catalog, planner: Planner, now: float) -> tuple[RefStatus, ...]:
-    """Every ref with its files."""
-    return tuple(
-        RefStatus(
-            ref=stored.manifest.ref,
-            revision=stored.manifest.revision,
-            added_at=stored.added_at,
-            pinned=stored.pinned,
-            paused=stored.paused,
-            fill=stored.fill,
-            files=tuple(
-                _describe(f"models/{path}", state, planner, now)
-                for path, state in catalog.files(stored.manifest.ref)
-            ),
-            wrong=sum(
-                (
-                    state.faults.counts
-                    for state in {state.id: state for _, state in catalog.files(stored.manifest.ref)}.values()
-                ),
-                FaultCounts(),
-            ),
+class RefReport:
+    """What there is to tell of every ref; of one with more than `files_at_most` files, first of those with news."""
+
+    def __init__(self, catalog: Catalog, planner: Planner, now: float, files_at_most: int | None) -> None:
+        self._catalog = catalog
+        self._planner = planner
+        self._now = now
+        self._most = files_at_most
+        self.refs: list[RefStatus] = []
+
+    def turns(self) -> Iterator[None]:
+        """Fill `refs`. What is removed meanwhile is left out."""
+        for stored in self._catalog.refs():
+            yield from self._describe(stored)
+
+    def _describe(self, stored: StoredRef) -> Iterator[None]:
+        entries = stored.manifest.entries
+        wrong, fetched, waiting = FaultCounts(), 0, 0
+        seen: set[BlobId] = set()
+        news: list[int] = []
+        others: list[int] = []
+        for turn in in_turns(enumerate(entries)):
+            for number, entry in turn:
+                state = self._state(entry.blob.id)
+                if state is None:
+                    continue
+                readers = self._planner.waiting(state.id)
+                (news if readers or self._has_news(state) else others).append(number)
+                if state.id not in seen:
+                    seen.add(state.id)
+                    wrong += state.faults.counts
+                    fetched += state.fetched_bytes
+                    waiting += readers
+            yield
+        chosen = sorted([*news, *others][: self._most])
+        files: list[FileStatus] = []
+        for some in in_turns(entries[number] for number in chosen):
+            for entry in some:
+                if state := self._state(entry.blob.id):
+                    path = f"models/{stored.manifest.tree}/{entry.path}"
+                    files.append(_describe_file(path, state, self._planner, self._now))
+            yield
+        self.refs.append(
+            RefStatus(
+                ref=stored.manifest.ref,
+                revision=stored.manifest.revision,
+                added_at=stored.added_at,
+                pinned=stored.pinned,
+                paused=stored.paused,
+                fill=stored.fill,
+                files=tuple(files),
+                wrong=wrong,
+                files_left_out=len(news) + len(others) - len(chosen),
+                fetched_bytes=fetched,
+                waiting_readers=waiting,
+            )
         )
-        for stored in catalog.refs()
-    )
+
+    def _state(self, blob: BlobId) -> BlobState | None:
+        """None if it is being removed."""
+        return self._catalog.get(blob) if self._planner.knows(blob) else None
+
+    def _has_news(self, state: BlobState) -> bool:
+        partly = 0 < state.present_bytes < state.shape.size
+        wrong = state.no_room is not None or self._planner.failure(state.id) is not None
+        return bool(partly or wrong or state.handles or state.fetched_bytes or state.faults.counts)
 
 
-def _describe(path: str, state: BlobState, planner: Planner, now: float) -> FileStatus:
+def _describe_file(path: str, state: BlobState, planner: Planner, now: float) -> FileStatus:
     failure = planner.failure(state.id)
     chunk_list = state.blob.chunk_list
     return FileStatus(

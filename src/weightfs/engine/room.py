@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import trio
 
@@ -34,6 +35,7 @@ from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.settings import EngineSettings
 from weightfs.engine.status import CacheSpace, EvictedStatus, GcReport
+from weightfs.engine.turns import in_turns
 from weightfs.errors import CacheError, FailureKind, NoSpaceError
 from weightfs.store.cache import Cache
 from weightfs.units import format_duration, format_size
@@ -214,11 +216,11 @@ class Room:
             if await self._evict(wanted, least) or await self._evict(wanted, least):
                 continue
             if trio.current_time() < self._measured + FRESH_SECONDS:
-                self._refuse(lacking=max(0, least - over))
+                await self._refuse(lacking=max(0, least - over))
                 return
             await self._measure()  # somebody may have made room on the disk meanwhile
-        self._pause()
-        self._relax()
+        await self._pause()
+        await self._relax()
 
     def _wanted(self) -> tuple[int, int]:
         """Bytes to evict now, and how many of them are needed that anything goes on: with fewer, nobody goes for it."""
@@ -247,14 +249,16 @@ class Room:
     def _asked_for(self, state: BlobState) -> bool:
         return bool(state.handles or state.completing) or self._catalog.is_kept(state.id)
 
-    def _pause(self) -> None:
+    async def _pause(self) -> None:
         """Fill that nobody asked for makes way to what is behind it in the line."""
         if all(self._asked_for(state) for state in self._short_states()):
             return
-        for state in self._catalog.states():
-            if state.filling and not state.complete and not self._asked_for(state):
-                self._paused[state.id] = state
-                self._fetcher.feed(plan.Fill(state.id, on=False))
+        for turn in in_turns(self._catalog.states()):
+            for state in turn:
+                if state.filling and not state.complete and not self._asked_for(state):
+                    self._paused[state.id] = state
+                    self._fetcher.feed(plan.Fill(state.id, on=False))
+            await trio.lowlevel.checkpoint()
         if self._paused:
             self._say(f"{self._full()}; {len(self._paused)} files are not fetched in the background")
 
@@ -266,22 +270,22 @@ class Room:
                 if state.filling and self._holdings.pinned(state):
                     self._fetcher.feed(plan.Fill(state.id, on=True))
 
-    def _relax(self) -> None:
+    async def _relax(self) -> None:
         for state in self._refused.values():
             state.no_room = None
         self._refused.clear()
         # Read-ahead of what was closed since may wait for ever, and is nobody's trouble.
         wanted = any(self._asked_for(state) for state in self._short_states())
-        if self.trouble and not self._paused and not wanted and self._could_fit():
+        if self.trouble and not self._paused and not wanted and await self._could_fit():
             log.info("there is room in the cache again")
             self.trouble = ""
 
-    def _could_fit(self) -> bool:
+    async def _could_fit(self) -> bool:
         """Whether who was refused would have room now, or have it made. Who waits no longer has still to be told of."""
         missing = self._over() + self._refused_bytes
-        return missing <= 0 or self._plan(missing).nbytes >= missing
+        return missing <= 0 or (await self._plan(missing)).nbytes >= missing
 
-    def _refuse(self, lacking: int) -> None:
+    async def _refuse(self, lacking: int) -> None:
         """Nobody can go, and `lacking` bytes do not fit: tell who waits."""
         # What is larger than the whole cache would never fit; the others do with a batch.
         self._refused_bytes = lacking if self.limit is None or lacking <= self.limit else self._batch()
@@ -290,12 +294,14 @@ class Room:
         if Priority.DEMAND in self._planner.short().values():
             self._fetcher.feed(plan.NoRoom(Failure(FailureKind.NO_SPACE, text)))
         if self._planner.short():  # background, which waits; those who wait for it need not
-            for state in self._catalog.states():
-                if state.filling and not state.complete:
-                    state.no_room = NoSpaceError(text)
-                    self._refused[state.id] = state
-                    state.notify()
-        self._pause()
+            for turn in in_turns(self._catalog.states()):
+                for state in turn:
+                    if state.filling and not state.complete:
+                        state.no_room = NoSpaceError(text)
+                        self._refused[state.id] = state
+                        state.notify()
+                await trio.lowlevel.checkpoint()
+        await self._pause()
 
     def _by_size(self) -> bool:
         """Whether it is `max-size` that binds, not the space of the filesystem."""
@@ -347,13 +353,15 @@ class Room:
         await self._measure()
         async with self._evicting:
             await self._holdings.settle()
-            found = self._plan(max(0, self._over()))
+            found = await self._plan(max(0, self._over()))
             before = self.evicted_bytes
-            done = [self._describe(eviction) for eviction in found.evictions]
+            told = [self._describe(eviction) for eviction in found.evictions]
             if not dry_run:
-                done = [one for one, freed in zip(done, await self._carry_out(found), strict=True) if freed]
+                carried_out = await self._carry_out(found)
+                told = [one for one, freed in zip(told, carried_out, strict=True) if freed]
             freed = found.nbytes if dry_run else self.evicted_bytes - before
-        return GcReport(dry_run, tuple(done), freed, found.missing, self._planner.held_bytes, self.limit)
+        done = tuple(one for one in told if one is not None)
+        return GcReport(dry_run, done, freed, found.missing, self._planner.held_bytes, self.limit)
 
     async def _evict(self, wanted: int, least: int = 0, *, settle: bool = True) -> int:
         """Evict what is too old and, of the rest, `wanted` bytes as far as they can be had; nothing if not `least`.
@@ -362,14 +370,19 @@ class Room:
         """
         if settle:
             await self._holdings.settle()
-        found = self._plan(wanted)
+        found = await self._plan(wanted)
         return sum(await self._carry_out(found)) if found.nbytes >= least else 0
 
-    def _plan(self, wanted: int) -> EvictionPlan:
+    async def _plan(self, wanted: int) -> EvictionPlan:
+        """Who is to go. What has changed meanwhile is looked at again when it is carried out."""
         busy = self._planner.busy_blobs()
-        candidates = (self._candidate(state, busy) for state in self._catalog.states() if state.present_bytes)
+        candidates: list[Candidate] = []
+        for turn in in_turns(state for state in self._catalog.states() if state.present_bytes):
+            candidates += [self._candidate(state, busy) for state in turn if self._planner.knows(state.id)]
+            await trio.lowlevel.checkpoint()
         now, max_age = blobs.wall_clock(), self._settings.max_age
-        return plan_evictions(candidates, wanted=wanted, now=now, max_age=max_age)
+        plan_them = partial(plan_evictions, candidates, wanted=wanted, now=now, max_age=max_age)
+        return await trio.to_thread.run_sync(plan_them)
 
     def _candidate(self, state: BlobState, busy: set[BlobId]) -> Candidate:
         pinned, in_use = self._catalog.is_kept(state.id), self._in_use(state) or state.id in busy
@@ -410,7 +423,10 @@ class Room:
             format_size(freed), state.ref, why, format_duration(eviction.idle), format_size(on_disk),
         )  # fmt: skip
 
-    def _describe(self, eviction: Eviction) -> EvictedStatus:
-        state = self._catalog.state(eviction.blob)
+    def _describe(self, eviction: Eviction) -> EvictedStatus | None:
+        """None if its blob was removed while there was planned."""
+        state = self._catalog.get(eviction.blob)
+        if state is None:
+            return None
         whole = eviction.chunks is None or eviction.nbytes >= state.present_bytes
         return EvictedStatus(state.ref, str(state.id), eviction.nbytes, eviction.idle, whole)

@@ -68,7 +68,10 @@ class FileStatus:
 
 @dataclass(frozen=True, slots=True)
 class RefStatus:
-    """One ref and its files."""
+    """One ref and its files, or those of them that there is most to tell of; the rest is counted.
+
+    `fetched_bytes`, `waiting_readers` and `wrong` are of all of them, each blob once.
+    """
 
     ref: str
     revision: str
@@ -78,6 +81,9 @@ class RefStatus:
     fill: str  # the mode that was set for this ref, or ""
     files: tuple[FileStatus, ...]
     wrong: FaultCounts
+    files_left_out: int = 0
+    fetched_bytes: int = 0
+    waiting_readers: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 A layout never does I/O and never depends on what is cached. The same blob may appear at many paths: it has
 one inode.
+
+What it says of a manifest depends on that manifest and on those of its group (`group_of`), on no others. So what all
+manifests make is what the groups make, one by one: a change of one ref costs no new look at the others.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from weightfs.core import hub
 from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import Blob, Manifest
 
@@ -42,6 +46,15 @@ class Link:
 
 
 Item = File | Inline | Dir | Link
+
+
+def group_of(manifest: Manifest) -> str:
+    """Manifests with the same answer are presented together: those of one repository of the Hub."""
+    prefix = f"{hub.SCHEME}://"
+    if not manifest.ref.startswith(prefix):
+        return manifest.ref
+    name = hub.parse_hub(manifest.ref.removeprefix(prefix))
+    return f"{prefix}{name.kind}/{name.repo}"
 
 
 class Layout(Protocol):

@@ -4,7 +4,8 @@ Numbers follow from content: a file's from its blob's id (so that one blob has o
 copy of its pages, wherever it appears), a slice's from that and its span, an inline file's from its bytes, a
 directory's from its path. They are the same after a restart. All are even but the root's, which is 1: a whole blob has
 a second number, one higher, under which it is passed through (see `passthrough`); slices and inline files have not, so
-they never are. A tree never changes: a new one is built, and what is open stays with its own nodes.
+they never are. A tree never changes: a new one is built, or joined from parts, and what is open stays with its own
+nodes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from weightfs.core.geometry import ByteSpan
 from weightfs.core.manifest import Blob, check_path
@@ -129,6 +130,32 @@ class Namespace:
         placed, conflicts = _place(entries)
         return cls(_link_up(placed, number), tuple(conflicts))
 
+    @classmethod
+    def join(
+        cls, parts: Iterable[Namespace], *, number: Callable[[bytes, int], int] = number_of
+    ) -> Namespace | None:
+        """The tree that all entries of all `parts` would make; None where parts are in one another's way.
+
+        Costs little beside making them: nodes are shared, and only those that several parts have are made anew.
+        """
+        nodes: dict[int, Node] = {}
+        several: dict[int, list[Node]] = {}
+        for part in sorted(parts, key=len, reverse=True):
+            if part.conflicts:
+                return None
+            for ino in part._nodes.keys() & nodes.keys():
+                several.setdefault(ino, [nodes[ino]]).append(part._nodes[ino])
+            nodes.update(part._nodes)
+        again: dict[int, int] = {}  # names of an inode that several parts have, without the first
+        if not all(_merge_names(same, again) for same in several.values()):
+            return None
+        for ino, same in several.items():
+            merged = _merged(same, again.get(ino, 0), nodes, number)
+            if merged is None:
+                return None
+            nodes[ino] = merged
+        return cls(nodes, ())
+
     def __len__(self) -> int:
         return len(self._nodes)
 
@@ -243,16 +270,89 @@ def _key(path: str, entry: Item) -> bytes:
 
 
 def _numbers(keys: Iterable[bytes], number: Callable[[bytes, int], int]) -> dict[bytes, int]:
-    """A number for each key. Sorted: who gives way in a collision does not depend on the entries' order."""
-    numbers: dict[bytes, int] = {}
-    taken = {0}
-    for key in sorted(set(keys)):
-        attempt = 0
-        while (ino := number(key, attempt) & ~DIRECT) in taken:
+    """A number for each key. Who gives way in a collision depends on the keys alone, not on the entries' order.
+
+    There may be 300,000, which are not sorted for it: nothing else would run meanwhile.
+    """
+    owners: dict[int, bytes] = {0: b""}
+    late: list[bytes] = []
+    for key in set(keys):
+        ino = number(key, 0) & ~DIRECT
+        other = owners.setdefault(ino, key)
+        if other is not key:
+            owners[ino] = min(other, key)
+            late.append(max(other, key))
+    for key in sorted(late):
+        attempt = 1
+        while (ino := number(key, attempt) & ~DIRECT) in owners:
             attempt += 1
-        taken.add(ino)
-        numbers[key] = ino
-    return numbers
+        owners[ino] = key
+    del owners[0]
+    return {key: ino for ino, key in owners.items()}
+
+
+def _merge_names(same: list[Node], again: dict[int, int]) -> bool:
+    """Count the names that several of these directories have; False if one means different things."""
+    if not isinstance(same[0], DirNode):
+        return True
+    names: dict[str, int] = {}
+    for node in same:
+        if not isinstance(node, DirNode) or node.path != same[0].path:
+            return False
+        for name in node.children.keys() & names.keys():
+            if names[name] != node.children[name]:
+                return False
+            again[names[name]] = again.get(names[name], 0) + 1
+        names.update(node.children)
+    return True
+
+
+def _merged(
+    same: list[Node], again: int, nodes: dict[int, Node], number: Callable[[bytes, int], int]
+) -> Node | None:
+    """One node for what several parts have; `again` names of it are in more than one. None if it differs."""
+    first = same[0]
+    match first:
+        case DirNode():
+            return _merged_directory(same, nodes, number)
+        case LinkNode():  # of one path, or these are two with one number
+            return first if all(node == first for node in same) and again == len(same) - 1 else None
+        case FileNode() | SliceNode() | InlineNode():
+            if any(_content(node) != _content(first) for node in same):
+                return None
+            return replace(first, links=sum(_links(node) for node in same) - again)
+
+
+def _merged_directory(
+    same: list[Node], nodes: dict[int, Node], number: Callable[[bytes, int], int]
+) -> DirNode:
+    children: dict[str, int] = {}
+    for node in same:
+        assert isinstance(node, DirNode)
+        children.update(node.children)
+    first = same[0]
+    assert isinstance(first, DirNode)
+    if len(children) == len(first.children):
+        return first
+    order = _offsets(children, number)
+    below = sum(isinstance(nodes[ino], DirNode) for ino in children.values())
+    return DirNode(first.ino, first.parent, first.path, below, children, tuple(order), tuple(order.values()))
+
+
+def _content(node: Node) -> object:
+    match node:
+        case FileNode(blob=blob):
+            return blob.id
+        case SliceNode(blob=blob, span=span):
+            return blob.id, span.start, span.stop
+        case InlineNode(data=data):
+            return data
+        case _:
+            return node
+
+
+def _links(node: Node) -> int:
+    return 1 if isinstance(node, DirNode | LinkNode) else node.links
 
 
 def _link_up(placed: dict[str, Item], number: Callable[[bytes, int], int]) -> dict[int, Node]:

@@ -99,7 +99,7 @@ async def serve(
         trees = Trees(engine, layouts)
         operations = WeightOperations(
             engine,
-            trees.make(),
+            await trees.first(),
             stats,
             handover.takeover,
             passthrough,
@@ -152,7 +152,7 @@ def _rebuilding(operations: WeightOperations, engine: MountedEngine, trees: Tree
 
     previous = engine.on_change
     trees.show = show
-    show(trees.make())  # what changed while the operations were made
+    show(trees.tree)
     engine.on_change = trees.changed
     try:
         yield

@@ -19,7 +19,15 @@ import trio
 
 from weightfs.core.geometry import MIB
 from weightfs.core.hub import HubName
-from weightfs.core.hubtree import MAX_PAGE_BYTES, HubTree, TreeReader, is_commit, load_json
+from weightfs.core.hubtree import (
+    MAX_ENTRIES,
+    MAX_PAGE_BYTES,
+    HubTree,
+    TooManyFilesError,
+    TreeReader,
+    is_commit,
+    load_json,
+)
 from weightfs.errors import FailureKind, SourceError
 from weightfs.sources import _rules
 from weightfs.sources._client import HttpClient, Reply
@@ -93,6 +101,8 @@ class HubApi:
                 query = _next_query(reply.headers)
                 if query in asked:
                     raise ValueError("its pages are in a loop")
+            except TooManyFilesError as error:
+                raise self._too_large(name, sha) from error
             except ValueError as error:
                 raise _unusable(reply, str(error)) from error
             # For where it came from; the body has been read.
@@ -101,6 +111,13 @@ class HubApi:
             return Listing(await trio.to_thread.run_sync(reader.tree), tuple(replies))
         except ValueError as error:
             raise _unusable(replies[-1], str(error)) from error
+
+    def _too_large(self, name: HubName, sha: str) -> SourceError:
+        what = (
+            f"has more than {MAX_ENTRIES} files and directories, the most of a repository that weightfs presents: "
+            f"add the files that you need one by one, as {_rules.label(self.file_url(name, sha, ''))}<path>"
+        )
+        return self._error(FailureKind.PROTOCOL, _rules.label(self.page_of(name)), what)
 
     def gated(self, name: HubName) -> SourceError:
         """The error for a repository whose licence was not accepted."""

@@ -186,7 +186,11 @@ def _walk(root: Path) -> list[tuple[str, os.stat_result]]:
         for file in _files(Path(directory), names, inside):
             found.append((str(file[0].relative_to(root)), file[1]))
             if len(found) > MAX_FILES:
-                raise _failure(FailureKind.PROTOCOL, root, f"holds more than {MAX_FILES} files")
+                raise _failure(
+                    FailureKind.PROTOCOL,
+                    root,
+                    f"holds more than {MAX_FILES} files, the most that one ref may have: name directories below it",
+                )
     return sorted(found, key=lambda item: item[0])
 
 

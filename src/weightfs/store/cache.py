@@ -192,7 +192,7 @@ class Cache:
     def orphans(self) -> list[BlobId]:
         """Blobs that no ref names: left by a removed ref, or by one that moved to another revision."""
         with self._index.read() as txn:
-            return sorted({record.blob.id for record in ledger.blob_records(txn)} - refs.named(txn))
+            return sorted({ledger.blob_id(key) for key in txn.keys("blob")} - refs.named(txn))
 
     # Blobs
 
@@ -202,27 +202,47 @@ class Cache:
             record = ledger.blob_record(txn, id)
             return None if record is None else ledger.whole_blob(txn, record)
 
-    def delete_blob(self, id: BlobId) -> int:  # noqa: A002
-        """Forget a blob and delete its file. Returns the bytes that the file occupied."""
+    def delete_blobs(self, ids: Collection[BlobId]) -> int:
+        """Forget blobs and delete their files: two synced transactions for all. The bytes that the files occupied.
+
+        CacheError of the first file that cannot be deleted, when the others are; it goes at the next start.
+        """
 
         def job(txn: Txn) -> None:
-            ledger.forget_blob(txn, id)
-            txn.put_sealed("doomed", id.raw, b"")
+            for blob in ids:
+                ledger.forget_blob(txn, blob)
+                txn.put_sealed("doomed", blob.raw, b"")
 
         with self._changes, self._preparing:
             self._index.write(job)
-            return self._finish_deletion(id)
+            return self._finish_deletion(ids)
 
-    def _finish_deletion(self, blob: BlobId) -> int:
-        freed = self._files.remove(blob)
-        self._prepared.discard(blob)
-        self._recorder.deleted(blob)
-        self._index.write(lambda txn: txn.delete("doomed", blob.raw))
+    def _finish_deletion(self, doomed: Collection[BlobId]) -> int:
+        freed = 0
+        gone: list[BlobId] = []
+        wrong: CacheError | None = None
+        for blob in doomed:
+            try:
+                freed += self._files.remove(blob)
+            except CacheError as error:
+                wrong = wrong or error
+            else:
+                gone.append(blob)
+                self._prepared.discard(blob)
+                self._recorder.deleted(blob)
+
+        def job(txn: Txn) -> None:
+            for blob in gone:
+                txn.delete("doomed", blob.raw)
+
+        if gone:
+            self._index.write(job)
+        if wrong is not None:
+            raise wrong
         return freed
 
     def _delete_doomed(self) -> None:
-        for blob in evicting.settle_doomed(self._index):
-            self._finish_deletion(blob)
+        self._finish_deletion(evicting.settle_doomed(self._index))
 
     def progress(self, id: BlobId) -> Progress:  # noqa: A002
         """What is recorded of a blob: a copy, from its bitmaps. CacheError if the blob is unknown."""
@@ -383,7 +403,7 @@ class Cache:
         with self._changes, self._preparing:
             if chunks is None:
                 known = self._index.write(lambda txn: evicting.take_whole(txn, id))
-                return self._finish_deletion(id) if known else 0
+                return self._finish_deletion((id,)) if known else 0
             given = list(chunks)
             freed = evicting.evict_part(self._index, self._files, id, given)
             self._recorder.dropped(id, given)

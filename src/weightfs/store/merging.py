@@ -12,10 +12,12 @@ Rules, in this order:
   not given back: a reader who is on his way meets the bytes that were there, and the next landing overwrites them.
 - Mirrors and policy are the newest's; where another ref names the blob too, mirrors are joined and the stricter
   policy holds.
+- What changes nothing writes nothing: a repository of 100,000 files is added again at every update.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from weightfs.core.chunkset import ChunkSet
@@ -29,10 +31,10 @@ from weightfs.store.records import BlobRecord, ChunkState
 _STRICTNESS = {Policy.PROVISIONAL: 0, Policy.HOLD: 1, Policy.STRICT: 2}
 
 
-def put_blob(txn: Txn, blob: Blob, *, shared: bool, in_use: bool) -> list[str]:
+def put_blob(txn: Txn, blob: Blob, *, shared: Callable[[], bool], in_use: bool) -> list[str]:
     """Add a blob, or join it with what is known. Returns sentences about what was not taken over as given.
 
-    `shared`: other refs name it. `in_use`: somebody counts on its shape.
+    `shared()`: whether other refs name it; asked only where that matters. `in_use`: somebody counts on its shape.
     """
     _check_list(blob)
     old = ledger.blob_record(txn, blob.id)
@@ -45,7 +47,7 @@ def put_blob(txn: Txn, blob: Blob, *, shared: bool, in_use: bool) -> list[str]:
     if old.blob.shape != blob.shape:
         if not in_use and _is_blank(txn, old):
             ledger.forget_blob(txn, blob.id)
-            return put_blob(txn, _with_digest(blob, old.blob), shared=False, in_use=False)
+            return put_blob(txn, _with_digest(blob, old.blob), shared=lambda: False, in_use=False)
         notes.append(
             f"blob {blob.id} keeps its chunk length of {old.blob.shape.chunk_length} bytes, which is in use; the "
             f"published list in pieces of {blob.shape.chunk_length} bytes takes effect after the model was removed "
@@ -58,11 +60,12 @@ def put_blob(txn: Txn, blob: Blob, *, shared: bool, in_use: bool) -> list[str]:
     if chosen is not None and chosen.trusted and chosen is not known.chunk_list:
         trust = _apply_list(txn, old, chosen, notes)
     mirrors, policy = blob.mirrors, blob.policy
-    if shared:
+    if (mirrors, policy) != (old.blob.mirrors, old.blob.policy) and shared():
         mirrors = _join(blob.mirrors, old.blob.mirrors)
         policy = max(policy, old.blob.policy, key=_STRICTNESS.__getitem__)
     fresh = _with_digest(replace(blob, mirrors=mirrors, policy=policy), old.blob)
-    _write(txn, fresh, chosen, trust)
+    if chosen is not known.chunk_list or _record_of(fresh, chosen, trust) != old:
+        _write(txn, fresh, chosen, trust)
     return notes
 
 
@@ -144,8 +147,13 @@ def _join(first: tuple[Mirror, ...], second: tuple[Mirror, ...]) -> tuple[Mirror
 def _write(txn: Txn, blob: Blob, chunks: ChunkList | None, trust: Trust) -> None:
     if chunks is None:
         txn.delete("list", blob.id.raw)
-        record = BlobRecord(replace(blob, chunk_list=None), trust, None)
     else:
         txn.put_sealed("list", blob.id.raw, chunks.digests)
-        record = BlobRecord(replace(blob, chunk_list=None), trust, chunks.trusted, chunks.signer)
-    ledger.put_blob_record(txn, record)
+    ledger.put_blob_record(txn, _record_of(blob, chunks, trust))
+
+
+def _record_of(blob: Blob, chunks: ChunkList | None, trust: Trust) -> BlobRecord:
+    alone = blob if blob.chunk_list is None else replace(blob, chunk_list=None)
+    if chunks is None:
+        return BlobRecord(alone, trust, None)
+    return BlobRecord(alone, trust, chunks.trusted, chunks.signer)

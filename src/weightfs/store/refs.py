@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 
 from weightfs.core.manifest import Blob, BlobId, Manifest, check_path
 from weightfs.errors import IntegrityError
@@ -70,17 +71,14 @@ def named(txn: Txn) -> set[BlobId]:
 def put(txn: Txn, manifest: Manifest, *, in_use: Collection[BlobId], now: int) -> tuple[str, ...]:
     """See `Cache.put_ref`. `in_use`: blobs whose shape somebody counts on in this session."""
     _check(manifest)
-    elsewhere = {
-        entry.blob
-        for record in ledger.ref_records(txn)
-        if record.ref != manifest.ref
-        for entry in record.entries
-    }
+    elsewhere = _Elsewhere(txn, manifest.ref)
     notes: list[str] = []
     for entry in manifest.entries:
         blob = entry.blob
-        notes += merging.put_blob(txn, blob, shared=blob.id in elsewhere, in_use=blob.id in in_use)
-        elsewhere.add(blob.id)  # the same content under two paths has the mirrors of both
+        notes += merging.put_blob(
+            txn, blob, shared=partial(elsewhere.names, blob.id), in_use=blob.id in in_use
+        )
+        elsewhere.seen.add(blob.id)  # the same content under two paths has the mirrors of both
         txn.delete("doomed", blob.id.raw)
     old = _record(txn, manifest.ref)
     previous = () if old is None else old.previous
@@ -104,6 +102,23 @@ def put(txn: Txn, manifest: Manifest, *, in_use: Collection[BlobId], now: int) -
     else:
         txn.delete("raw", key)
     return tuple(notes)
+
+
+class _Elsewhere:
+    """Which blobs other refs name. Read at the first question, since it takes the records of all refs."""
+
+    def __init__(self, txn: Txn, ref: str) -> None:
+        self._txn = txn
+        self._ref = ref
+        self._others: frozenset[BlobId] | None = None
+        self.seen: set[BlobId] = set()  # and those that this one has named already
+
+    def names(self, blob: BlobId) -> bool:
+        """Whether the blob has others. RecordError."""
+        if self._others is None:
+            others = (record for record in ledger.ref_records(self._txn) if record.ref != self._ref)
+            self._others = frozenset(entry.blob for record in others for entry in record.entries)
+        return blob in self.seen or blob in self._others
 
 
 def mark(txn: Txn, ref: str, *, pinned: bool | None, paused: bool | None, fill: str | None) -> bool:

@@ -241,7 +241,14 @@ class FakeControlEngine:
         """One."""
         return [{"job": 1, "mirror": "https://u:p@h/m?token=1", "age": 2.5}]
 
-    def status(self) -> dict[str, Any]:
+    def progress(self, ref_text: str) -> tuple[int, int]:
+        """As `blob_status` says."""
+        blobs = [entry.blob for entry in self.stored[ref_text].manifest.entries]
+        return sum(blob.size for blob in blobs), sum(
+            self.blob_status(blob.id).present_bytes for blob in blobs
+        )
+
+    async def survey(self, files_at_most: int) -> dict[str, Any]:  # noqa: ARG002
         """A small part of the engine's."""
         self._fail()
         refs = [{"ref": name, "files": []} for name in self.stored]

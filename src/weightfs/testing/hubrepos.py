@@ -78,6 +78,9 @@ class Repo:
     accepted: set[str] = field(default_factory=set)
     commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)  # "refs/heads/main" → commit
+    _listed: tuple[tuple[str, str, bool], list[dict[str, Any]]] | None = (
+        None  # the last: each page asks for it again
+    )
 
     def commit(self, files: Mapping[str, bytes], *, ref: str = "main", lfs: bool | None = None) -> str:
         """A new commit that holds exactly `files`, under a branch (or a full ref, as "refs/pr/1"); its name.
@@ -127,6 +130,12 @@ class Repo:
 
     def listing(self, sha: str, below: str, *, recursive: bool) -> list[dict[str, Any]]:
         """The entries of a directory as the tree API shows them, in order of their paths."""
+        asked = (sha, below, recursive)
+        if self._listed is None or self._listed[0] != asked:  # a commit never changes
+            self._listed = asked, self._list(sha, below, recursive=recursive)
+        return self._listed[1]
+
+    def _list(self, sha: str, below: str, *, recursive: bool) -> list[dict[str, Any]]:
         prefix = f"{below}/" if below else ""
         shown: dict[str, dict[str, Any]] = {}
         for path, file in self.commits[sha].items():

@@ -12,7 +12,7 @@ from weightfs.core.hub import parse_hub
 from weightfs.core.hubtree import HubFile, HubTree
 from weightfs.core.manifest import Blob, BlobId, Entry, Manifest, Mirror, check_path
 from weightfs.core.ollama import parse_ollama
-from weightfs.layouts.base import Dir, File, Inline, Item, Layout, Link
+from weightfs.layouts.base import Dir, File, Inline, Item, Layout, Link, group_of
 
 
 def made_up_blob(name: str, size: int = 1 << 20) -> Blob:
@@ -153,6 +153,18 @@ class LayoutTests:
                     parts = parts[:-1] if part == ".." else [*parts, part]
                 assert isinstance(entries["/".join(parts)], File | Inline)
 
+    def test_a_group_of_manifests_says_what_it_says_alone(self) -> None:
+        """The tree is joined from what each group makes: see `layouts.base`."""
+        layout = self.layout()
+        groups: dict[str, list[Manifest]] = {"": []}
+        for manifest in self.manifests():
+            groups.setdefault(group_of(manifest), []).append(manifest)
+        apart: dict[str, object] = {}
+        for mine in groups.values():
+            for path, entry in layout.entries(mine):
+                assert apart.setdefault(path, _said(entry)) == _said(entry)
+        assert apart == {path: _said(entry) for path, entry in layout.entries(self.manifests())}
+
     def test_it_is_a_pure_function(self) -> None:
         """Twice the same, whichever other manifests there are; and nothing without manifests fails."""
         layout = self.layout()
@@ -160,6 +172,10 @@ class LayoutTests:
         shown = [manifest for manifest in self.manifests() if manifest.ref.startswith(self.scheme)]
         assert list(layout.entries(self.manifests())) == list(layout.entries(shown))
         assert all(not isinstance(entry, File) for _, entry in layout.entries(()))
+
+
+def _said(entry: Item) -> object:
+    return (entry.blob.id, entry.span) if isinstance(entry, File) else entry
 
 
 def tree_of(layout: Layout, *manifests: Manifest) -> dict[str, Item]:
