@@ -14,6 +14,7 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def test_every_answer_names_refs_and_tells_no_secret(stage: Stage) -> None:
             if answer.is_success and "json" in answer.headers["content-type"] and "job" in answer.json():
                 jobs.append(answer.json()["job"])
     for job in jobs:
-        until(lambda job=job: stage.ask("GET", f"/v1/jobs/{job}").json()["state"] != "running", "a job ends")
+        until(partial(_has_ended, stage, job), "a job ends")
     stage.ask("GET", "/v1/status")
     stage.daemon.finish(hung)
     refs = (*stage.refs, unknown)
@@ -235,6 +236,10 @@ def test_every_answer_names_refs_and_tells_no_secret(stage: Stage) -> None:
     codes = {answer.status_code for answer in stage.answers.values()}
     assert {200, 400, 502} <= codes, "errors were among them"
     assert any("refuses access" in answer.text for answer in stage.answers.values())
+
+
+def _has_ended(stage: Stage, job: str) -> bool:
+    return bool(stage.ask("GET", f"/v1/jobs/{job}").json()["state"] != "running")
 
 
 def test_the_bundle_the_logs_and_the_manager_are_told_no_secret(stage: Stage, tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ def _has_token(head: h11.Response, header: bytes, token: bytes) -> bool:
 
 
 def _unquoted(error: h11.ProtocolError) -> str:
-    """What h11 says, without the line that it says it of: that may be 64 KiB long, and may give back our own headers."""
+    """What h11 says, without the line that it is about: that may have 64 KiB, and give back our own headers."""
     return _QUOTED.split(str(error), maxsplit=1)[0]
 
 
