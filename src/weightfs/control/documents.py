@@ -81,7 +81,7 @@ def exit_code_of(error: WeightfsError) -> int:
 
 
 def error_to_json(error: WeightfsError) -> Document:
-    """`{error, kind, exit_code}`, and `failure` for those with a FailureKind. The text loses every query, a ref's too."""
+    """`{error, kind, exit_code}`, and `failure` for those with a FailureKind. No query is in it, not even a ref's."""
     text = redact(str(error))
     document: Document = {"error": text, "kind": type(error).__name__, "exit_code": exit_code_of(error)}
     if isinstance(error, SourceError | ReadError):
