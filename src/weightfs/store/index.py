@@ -46,6 +46,7 @@ import lmdb.verify
 
 from weightfs.errors import CacheCorruptError, CacheError, DiskFault, NoSpaceError
 from weightfs.store import probe
+from weightfs.store.readers import locks_in_memory
 from weightfs.store.records import RecordError, seal, unseal
 from weightfs.store.sparse import disk_errors, reserve, translate
 
@@ -302,9 +303,10 @@ class Index:
 
 def _open(directory: Path, map_size: int) -> tuple[lmdb.Environment, dict[str, lmdb._Database]]:
     """lmdb.Error."""
-    env = lmdb.open(
-        os.fspath(directory), map_size=map_size, max_dbs=32, mode=0o700, max_readers=512, readahead=False
-    )
+    with locks_in_memory(directory) as place:
+        env = lmdb.open(
+            os.fspath(place), map_size=map_size, max_dbs=32, mode=0o700, max_readers=512, readahead=False
+        )
     try:
         env.reader_check()
         return env, {name: env.open_db(name.encode()) for name in TABLES}
