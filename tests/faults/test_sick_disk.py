@@ -448,7 +448,7 @@ async def test_what_nobody_reads_any_more_leaves_memory(
 async def test_whoever_cannot_write_blames_the_disk_and_no_mirror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
 ) -> None:
-    """A write into the page cache seldom fails, even on a sick disk, so that the errors above are mostly those of syncs."""
+    """A write into the page cache seldom fails, even on a sick disk: the errors above are mostly those of syncs."""
     monkeypatch.setattr(health, "RULES", AT_ONCE)
 
     write = worker._pwrite_all

@@ -68,6 +68,7 @@ def test_a_process_of_an_ordinary_user_cannot_be_looked_into(place: Path) -> Non
         until(lambda: _serves(daemon), f"it serves\n{daemon.log}")
         daemon.add(origin.url(PATH))
         daemon.complete(origin.url(PATH))
+        assert "is not in memory" not in daemon.log, "it may still use its own descriptors (store/readers.py)"
         status = daemon.status()
         for pid in (status["pid"], *status["worker_pids"]):
             proc = Path(f"/proc/{pid}")
