@@ -7,22 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from weightfs.cli import cli
 from weightfs.cli.adding import Outcome, update_line
 from weightfs.cli.looking import long_lines
 from weightfs.core.ref import parse_ref
+from weightfs.testing.commands import run
 from weightfs.testing.repositories import MemoryRepository
 
 DATA = bytes(range(256)) * 4096
-
-
-def run(tmp_path: Path, *arguments: str, code: int = 0, **env: str) -> Result:
-    home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": "", "WEIGHTFS_CONFIG": ""}
-    result = CliRunner(env={**home, **env}).invoke(cli, [*arguments, "--cache", str(tmp_path / "cache")])
-    assert result.exit_code == code, (result.stdout, result.stderr)
-    return result
 
 
 def put(tmp_path: Path, name: str, data: bytes = DATA, *, at: int = 1_700_000_000) -> str:
@@ -118,7 +110,7 @@ def test_pin_and_unpin(tmp_path: Path) -> None:
 @pytest.fixture
 def repository(monkeypatch: pytest.MonkeyPatch) -> MemoryRepository:
     made = MemoryRepository()
-    for module in ("engine", "worker"):
+    for module in ("parts", "worker"):
         monkeypatch.setattr(f"weightfs.engine.{module}.open_source", made.open_source)
     return made
 

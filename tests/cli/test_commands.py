@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 import weightfs
 from weightfs import errors
@@ -20,14 +20,9 @@ from weightfs.cli.group import Stopped, report
 from weightfs.cli.keeping import report_lines, verdict
 from weightfs.cli.looking import aligned, long_lines, status_lines
 from weightfs.errors import FailureKind, ReadError, SourceError, UsageError
+from weightfs.testing.commands import invoke
 
 REF = "https://models.example.com/m.gguf"
-
-
-def run(tmp_path: Path, *arguments: str, cache: bool = True, **env: str) -> Result:
-    options = ["--cache", str(tmp_path / "cache")] if cache else []
-    home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": "", "WEIGHTFS_CONFIG": ""}
-    return CliRunner(env={**home, **env}).invoke(cli, [*arguments, *options])
 
 
 def sentence(result: Result) -> str:
@@ -39,20 +34,20 @@ def sentence(result: Result) -> str:
 
 
 def test_version(tmp_path: Path) -> None:
-    result = run(tmp_path, "--version", cache=False)
+    result = invoke(tmp_path, "--version", cache=False)
     assert result.output == f"weightfs {weightfs.__version__}\n"
 
 
 @pytest.mark.parametrize("command", sorted(cli.commands))
 def test_every_command_helps_with_examples(tmp_path: Path, command: str) -> None:
-    result = run(tmp_path, command, "--help", cache=False)
+    result = invoke(tmp_path, command, "--help", cache=False)
     assert result.exit_code == 0
     assert "Examples:\n    weightfs " in result.output
     assert cli.commands[command].short_help
 
 
 def test_help_tells_the_exit_codes_that_the_errors_have(tmp_path: Path) -> None:
-    result = run(tmp_path, "--help", cache=False)
+    result = invoke(tmp_path, "--help", cache=False)
     for code in {
         cls.exit_code for cls in vars(errors).values() if isinstance(cls, type) and hasattr(cls, "exit_code")
     }:
@@ -112,7 +107,7 @@ BAD = [
 def test_what_is_typed_wrong_ends_with_2_and_one_sentence(
     tmp_path: Path, arguments: list[str], says: str
 ) -> None:
-    result = run(tmp_path, *arguments)
+    result = invoke(tmp_path, *arguments)
     assert result.exit_code == 2
     assert says in sentence(result)
     assert "hunter2" not in result.stderr
@@ -123,13 +118,13 @@ def test_what_is_typed_wrong_ends_with_2_and_one_sentence(
 def test_a_relative_path_is_told_how_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.gguf").write_text("x")
-    assert f"write file://{tmp_path}/m.gguf" in sentence(run(tmp_path, "pull", "m.gguf"))
+    assert f"write file://{tmp_path}/m.gguf" in sentence(invoke(tmp_path, "pull", "m.gguf"))
 
 
 def test_the_file_is_named_in_an_error(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("fil = 'all'")
-    result = run(tmp_path, "ls", WEIGHTFS_CONFIG=str(file))
+    result = invoke(tmp_path, "ls", WEIGHTFS_CONFIG=str(file))
     assert result.exit_code == 2
     assert sentence(result) == f"{file}: unknown key 'fil'; the nearest known one is 'fill'"
 
@@ -139,14 +134,14 @@ def test_the_cache_and_the_mount_point_are_apart(tmp_path: Path) -> None:
         ["mount", str(tmp_path / "m"), "--cache", str(tmp_path / "m" / "cache")],
         ["mount", str(tmp_path / "m" / "sub"), "--cache", str(tmp_path / "m")],
     ):
-        result = run(tmp_path, *arguments, cache=False)
+        result = invoke(tmp_path, *arguments, cache=False)
         assert result.exit_code == 2
         assert "apart" in sentence(result)
 
 
 @pytest.mark.parametrize("command", [["ls"], ["status"], ["verify"], ["rm", REF]])
 def test_no_cache_is_5(tmp_path: Path, command: list[str]) -> None:
-    result = run(tmp_path, *command)
+    result = invoke(tmp_path, *command)
     assert result.exit_code == 5
     assert "there is no cache at" in sentence(result)
     assert not (tmp_path / "cache").exists()
@@ -154,20 +149,20 @@ def test_no_cache_is_5(tmp_path: Path, command: list[str]) -> None:
 
 def test_a_cache_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    result = run(tmp_path, "pull", REF)
+    result = invoke(tmp_path, "pull", REF)
     assert result.exit_code == 5
     assert str(tmp_path / "cache") in sentence(result)
 
 
 def test_a_cache_directory_without_permission(tmp_path: Path) -> None:
     # Not even root makes a directory there.
-    result = run(tmp_path, "pull", REF, "--cache", "/sys/weightfs/cache", cache=False)
+    result = invoke(tmp_path, "pull", REF, "--cache", "/sys/weightfs/cache", cache=False)
     assert result.exit_code == 5
     assert "/sys/weightfs" in sentence(result)
 
 
 def test_umount_of_what_is_no_mount(tmp_path: Path) -> None:
-    result = run(tmp_path, "umount", str(tmp_path))
+    result = invoke(tmp_path, "umount", str(tmp_path))
     assert result.exit_code == 6
     assert "is not a weightfs mount" in sentence(result)
 
@@ -213,9 +208,9 @@ def test_verbose_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise ZeroDivisionError
 
     monkeypatch.setattr("weightfs.cli.looking.ask", fail)
-    quiet = run(tmp_path, "ls")
+    quiet = invoke(tmp_path, "ls")
     assert (quiet.exit_code, "Traceback" in quiet.stderr, "-v" in quiet.stderr) == (1, False, True)
-    loud = run(tmp_path, "ls", "-v")
+    loud = invoke(tmp_path, "ls", "-v")
     assert (loud.exit_code, "Traceback" in loud.stderr) == (1, True)
 
 
@@ -365,7 +360,7 @@ def test_a_report_for_people() -> None:
 def test_publish(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(b"x" * 3_000_000)
-    result = run(tmp_path, "publish", str(file), "--url", REF, "--json", cache=False)
+    result = invoke(tmp_path, "publish", str(file), "--url", REF, "--json", cache=False)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["files"] == [f"{file}.meta4"]
@@ -391,7 +386,7 @@ def test_publish_of_what_cannot_be(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("m.gguf").write_bytes(b"x" * 100)
-    result = run(tmp_path, "publish", *arguments, cache=False)
+    result = invoke(tmp_path, "publish", *arguments, cache=False)
     assert result.exit_code == code, result.stderr
     assert says in sentence(result)
     assert not Path("m.gguf.meta4").exists()
@@ -402,7 +397,7 @@ def test_publish_signs_and_minisign_agrees(tmp_path: Path) -> None:
     file.write_bytes(b"x" * 100)
     make = ["minisign", "-G", "-W", "-p", str(public), "-s", str(key)]
     subprocess.run(make, capture_output=True, timeout=60, check=True)
-    result = run(tmp_path, "publish", str(file), "--url", REF, "--sign", str(key), cache=False)
+    result = invoke(tmp_path, "publish", str(file), "--url", REF, "--sign", str(key), cache=False)
     assert result.exit_code == 0, result.stderr
     check = ["minisign", "-V", "-p", str(public), "-m", f"{file}.meta4"]
     assert subprocess.run(check, capture_output=True, timeout=60, check=False).returncode == 0
@@ -415,10 +410,10 @@ def test_the_password_of_a_key(tmp_path: Path) -> None:
     key.write_text(f"untrusted comment: a key\n{base64.b64encode(raw).decode()}\n")
     file.write_bytes(b"x" * 100)
     arguments = ["publish", str(file), "--url", REF, "--sign", str(key)]
-    missing = run(tmp_path, *arguments, cache=False)
+    missing = invoke(tmp_path, *arguments, cache=False)
     assert missing.exit_code == 2
     assert "WEIGHTFS_SIGN_PASSWORD" in sentence(missing)
-    wrong = run(tmp_path, *arguments, cache=False, WEIGHTFS_SIGN_PASSWORD="hunter2")
+    wrong = invoke(tmp_path, *arguments, cache=False, WEIGHTFS_SIGN_PASSWORD="hunter2")
     assert wrong.exit_code == 4
     assert "hunter2" not in wrong.stderr
     assert not (tmp_path / "m.gguf.meta4").exists()

@@ -21,9 +21,10 @@ from weightfs.app.daemon import MountOrder
 from weightfs.cli import cli
 from weightfs.cli.debugging import inflight_lines, stacks_lines
 from weightfs.errors import DaemonError, UsageError
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.mounts import can_mount
 from weightfs.testing.nginx import Nginx
+from weightfs.testing.waiting import until
 
 CANARY = "c4n4ry-" + "never" * 3
 needs_mount = pytest.mark.skipif(not can_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN")

@@ -9,11 +9,9 @@ from typing import Any, cast
 
 import pytest
 import trio
-from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightfs.cli import cli
 from weightfs.cli.adding import headers_of
 from weightfs.cli.looking import chosen, details_lines, printable
 from weightfs.cli.mapping import (
@@ -31,10 +29,12 @@ from weightfs.control.ports import Operations
 from weightfs.core.ref import parse_ref
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import IntegrityError, RefError, SourceError, UsageError
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.commands import invoke
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.engines import running_engine
 from weightfs.testing.models import ModelShape, make_gguf
 from weightfs.testing.mounts import can_mount
+from weightfs.testing.waiting import until
 
 REF = "https://models.example.com/m.gguf"
 MIB = 1 << 20
@@ -207,11 +207,6 @@ def test_refs_that_are_named() -> None:
         chosen(refs, ["https://h/n"])
 
 
-def run(tmp_path: Path, *arguments: str) -> Result:
-    home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": "", "WEIGHTFS_CONFIG": ""}
-    return CliRunner(env=home).invoke(cli, [*arguments, "--cache", str(tmp_path / "cache")])
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -226,7 +221,7 @@ def run(tmp_path: Path, *arguments: str) -> Result:
     ],
 )
 def test_what_is_typed_wrong(tmp_path: Path, arguments: list[str], code: int, says: str) -> None:
-    result = run(tmp_path, *arguments)
+    result = invoke(tmp_path, *arguments)
     assert result.exit_code == code, result.stderr
     assert says in result.stderr
     assert result.stderr.count("\n") == 1

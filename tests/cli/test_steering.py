@@ -11,21 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from weightfs.cli import cli
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.commands import run
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.models import make_gguf
 from weightfs.testing.mounts import can_mount
+from weightfs.testing.waiting import until
 
 DATA = bytes(range(256)) * 4096 * 3
-
-
-def run(tmp_path: Path, *arguments: str, code: int = 0) -> Result:
-    home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": "", "WEIGHTFS_CONFIG": ""}
-    result = CliRunner(env=home).invoke(cli, [*arguments, "--cache", str(tmp_path / "cache")])
-    assert result.exit_code == code, (result.stdout, result.stderr)
-    return result
 
 
 def put(tmp_path: Path, name: str) -> str:

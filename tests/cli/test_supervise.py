@@ -15,7 +15,7 @@ import pytest
 
 from weightfs.app import fdstore, supervisor
 from weightfs.app.fdstore import FUSE, LEDGER, FdStore
-from weightfs.testing.daemon import until
+from weightfs.testing.waiting import until
 
 # In the supervisor's process: run(CHILD, argv), where `say` notifies, and a line in `log` is one life.
 PARENT = """

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,13 @@ import pytest
 from weightfs.control.address import socket_path
 from weightfs.mount import mounttable
 from weightfs.testing.nginx import Nginx
+from weightfs.testing.waiting import until
 
 pytestmark = [pytest.mark.nginx, pytest.mark.timeout(180)]
 
 BOUND = 60.0  # seconds; a hang becomes a failure
 DATA = random.Random(7).randbytes(5 * 2**20 + 12345)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    """Bounded polling, of other processes."""
-    deadline = time.monotonic() + BOUND
-    while not done():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
 
 
 @dataclass
@@ -189,8 +182,8 @@ def test_pull_of_other_bytes_than_promised(stage: Stage) -> None:
 def test_pull_that_is_interrupted_goes_on_from_there(slow_stage: Stage) -> None:
     ref = f"{slow_stage.put('m.gguf', DATA * 4)}#sha256={hashlib.sha256(DATA * 4).hexdigest()}"
     with slow_stage.started("pull", ref, "--max-jobs", "2") as process:
-        wait_until(lambda: socket_path(slow_stage.cache).exists())
-        wait_until(lambda: any(ref_["present_bytes"] for ref_ in slow_stage.status()["refs"]))
+        until(lambda: socket_path(slow_stage.cache).exists())
+        until(lambda: any(ref_["present_bytes"] for ref_ in slow_stage.status()["refs"]))
         slow_stage.nginx.pause()  # on a busy machine the rest would come before the next command has started
         assert slow_stage.status()["role"] == "pull"
         process.send_signal(signal.SIGINT)
@@ -239,7 +232,7 @@ def test_add_restart_update_pin_and_rm_with_a_mount(stage: Stage) -> None:
     ref = stage.put("m.gguf")
     stage.run("mount", "--detach", "--fill", "never", stage.mountpoint)
     stage.run("add", ref)
-    wait_until(lambda: stage.path("m.gguf").exists())
+    until(lambda: stage.path("m.gguf").exists())
     assert stage.read("m.gguf") == DATA
     stage.run("umount", stage.mountpoint)
     stage.nginx.pause()
@@ -254,18 +247,18 @@ def test_add_restart_update_pin_and_rm_with_a_mount(stage: Stage) -> None:
     assert (update["ref"], update["outcome"]) == (ref, "updated")
     told = stage.run("update", ref).stdout
     assert told == f"{ref}: unchanged, {update['new_revision']}\n"
-    wait_until(lambda: stage.path("m.gguf").stat().st_size == len(newer))
+    until(lambda: stage.path("m.gguf").stat().st_size == len(newer))
     assert stage.read("m.gguf") == newer
 
     stage.put("n.gguf")
     assert "pinned" in stage.run("add", "--pin", stage.nginx.url("n.gguf")).stdout
-    wait_until(lambda: all(ref_["complete"] for ref_ in stage.status()["refs"]))
+    until(lambda: all(ref_["complete"] for ref_ in stage.status()["refs"]))
     assert [ref_["pinned"] for ref_ in stage.status()["refs"]] == [False, True]
     assert "no longer pinned" in stage.run("unpin", stage.nginx.url("n.gguf")).stdout
     refused = stage.run("add", "--retry", "3", ref, code=2)
     assert "--retry would be ignored" in refused.stderr
     stage.run("rm", ref, stage.nginx.url("n.gguf"))
-    wait_until(lambda: not stage.path("m.gguf").exists())
+    until(lambda: not stage.path("m.gguf").exists())
     stage.run("umount", stage.mountpoint)
     assert stage.run("ls").stdout == ""
 
@@ -326,7 +319,7 @@ def test_an_origin_that_is_away_at_the_start_is_asked_again(
     assert "goes on asking" in done.stderr
     assert not stage.path("m.gguf").exists()
     stage.nginx.resume()
-    wait_until(stage.path("m.gguf").exists)
+    until(stage.path("m.gguf").exists)
     assert stage.read("m.gguf") == DATA
     stage.run("umount", stage.mountpoint)
 
@@ -335,7 +328,7 @@ def test_an_origin_that_is_away_at_the_start_is_asked_again(
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_mount_cleanly(stage: Stage, signum: signal.Signals) -> None:
     with stage.started("mount", stage.mountpoint, stage.put("m.gguf")) as process:
-        wait_until(stage.path("m.gguf").exists)
+        until(stage.path("m.gguf").exists)
         process.send_signal(signum)
         _, said = process.communicate(timeout=BOUND)
     assert process.returncode == 0, said
@@ -346,7 +339,7 @@ def test_a_signal_ends_a_mount_cleanly(stage: Stage, signum: signal.Signals) -> 
 @pytest.mark.mount
 def test_unmounted_from_outside_it_ends(stage: Stage) -> None:
     with stage.started("mount", stage.mountpoint, stage.put("m.gguf")) as process:
-        wait_until(stage.path("m.gguf").exists)
+        until(stage.path("m.gguf").exists)
         mounttable.take_away(stage.mountpoint, lazy=False)
         _, said = process.communicate(timeout=BOUND)
     assert process.returncode == 0, said

@@ -9,6 +9,6 @@ from weightfs.testing.repositories import MemoryRepository
 def repository(monkeypatch: pytest.MonkeyPatch) -> MemoryRepository:
     """In the place of every source."""
     made = MemoryRepository()
-    for module in ("engine", "worker"):
+    for module in ("parts", "worker"):
         monkeypatch.setattr(f"weightfs.engine.{module}.open_source", made.open_source)
     return made

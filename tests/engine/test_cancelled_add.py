@@ -26,7 +26,7 @@ async def test_a_ref_that_was_written_down_is_shown_although_its_adder_is_gone(
         await engine.add(refs[0])
         shown: list[tuple[Manifest, ...]] = []
         engine.on_change = lambda: shown.append(tuple(engine.manifests()))
-        put, adopt = engine._catalog.put, engine._holdings.adopt
+        put, adopt = engine._parts.catalog.put, engine._parts.holdings.adopt
         with trio.CancelScope() as scope:
 
             async def put_and_give_up(manifest: Manifest) -> object:
@@ -38,8 +38,8 @@ async def test_a_ref_that_was_written_down_is_shown_although_its_adder_is_gone(
                 await trio.lowlevel.checkpoint()
                 await adopt(state)
 
-            monkeypatch.setattr(engine._catalog, "put", put_and_give_up)
-            monkeypatch.setattr(engine._holdings, "adopt", adopt_slowly)
+            monkeypatch.setattr(engine._parts.catalog, "put", put_and_give_up)
+            monkeypatch.setattr(engine._parts.holdings, "adopt", adopt_slowly)
             await engine.browse(refs[1])
         assert scope.cancelled_caught
         assert [manifest.ref for manifest in shown[-1]] == [str(ref) for ref in refs]

@@ -172,7 +172,7 @@ async def test_two_spellings_at_once_are_one_ref(repository: MemoryRepository, t
         assert len(repository.asked) == 2
         assert len(engine.refs()) == 1
         (stored,) = engine.refs()
-        assert engine._cache.ref_names() == [stored.manifest.ref]
+        assert engine._parts.cache.ref_names() == [stored.manifest.ref]
         first = repository._said[stored.manifest.ref]
         assert stored.manifest.tree == first.tree  # not at the other's place under this one's name
 

@@ -189,7 +189,7 @@ async def test_workers_hash_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     blob = manifest.entries[0].blob
     placed = blob.with_mirrors((replace(blob.mirrors[0], url=f"file://{path}"),))
     repository._said[str(REF)] = replace(manifest, entries=(replace(manifest.entries[0], blob=placed),))
-    monkeypatch.setattr("weightfs.engine.engine.open_source", repository.open_source)
+    monkeypatch.setattr("weightfs.engine.parts.open_source", repository.open_source)
     async with running_engine(tmp_path / "cache", replace(LAZY, workers=1)) as engine:
         await added(engine)
         await complete(engine)

@@ -99,7 +99,7 @@ class Stage:
         def open_source(_scheme: str, _settings: object) -> Any:
             return repo if failing is None else FlakySource(repo, lambda *_: failing)
 
-        for user in ("engine", "worker"):
+        for user in ("parts", "worker"):
             self.monkeypatch.setattr(f"weightfs.engine.{user}.open_source", open_source)
         async with running_engine(self.root / "cache", settings, calm=calm) as engine:
             with trio.fail_after(BOUND):
@@ -295,7 +295,7 @@ async def test_what_an_unclean_stop_made_suspect_is_cached_and_not_verified(
     async with stage.engine(repo_of(models, "m.gguf")) as engine:
         manifest = await engine.add(REF)
         await engine.complete(REF.text)
-        engine._catalog.state(manifest.entries[0].blob.id).suspect.add(2)
+        engine._parts.catalog.state(manifest.entries[0].blob.id).suspect.add(2)
         (file,) = (await engine.details(REF.text)).files
         assert (file.cached_bytes, file.verified_bytes) == (file.size_bytes, file.size_bytes - MIB)
 

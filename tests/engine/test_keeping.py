@@ -162,7 +162,9 @@ async def test_what_the_disk_loses_of_a_pinned_ref_comes_back(
             file.write(b"rot")
         report = await engine.verify(str(REF), repair=False)
         assert len(report.bad) == 1
-        await engine._holdings.drop_bad(engine._catalog.state(blob), [0])  # as a reader who meets it does
+        await engine._parts.holdings.drop_bad(
+            engine._parts.catalog.state(blob), [0]
+        )  # as a reader who meets it does
         await until_complete(engine, "one")
         assert engine.blob_status(blob).present_bytes == 3 * MIB
 
@@ -174,14 +176,14 @@ async def test_a_full_disk_is_tried_again(
     monkeypatch.setattr(keeping, "RETRY_SECONDS", 0.01)
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         await engine.add(REF, headers=False)
-        prepare, failures = engine._holdings.prepare, iter([NoSpaceError("the disk is full")] * 2)
+        prepare, failures = engine._parts.holdings.prepare, iter([NoSpaceError("the disk is full")] * 2)
 
         async def failing(state: object) -> bool:
             if error := next(failures, None):
                 raise error
             return await prepare(state)  # type: ignore[arg-type]  # handed on as it came
 
-        monkeypatch.setattr(engine._holdings, "prepare", failing)
+        monkeypatch.setattr(engine._parts.holdings, "prepare", failing)
         await engine.pin(str(REF), pinned=True)
         await until_complete(engine, "one")
 

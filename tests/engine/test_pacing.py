@@ -60,7 +60,7 @@ async def test_a_fetch_that_waits_for_its_turn_is_stopped_with_its_file(
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.complete, str(REF))
-                while not engine._fetcher._pacing._pacer._waiting:
+                while not engine._parts.fetcher._pacing._pacer._waiting:
                     await trio.sleep(0.01)
                 nursery.cancel_scope.cancel()
             await engine.remove(str(REF))

@@ -31,8 +31,8 @@ from weightfs.engine.tally import Tally
 from weightfs.engine.uncached import Uncached
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import FailureKind, ReadError
+from weightfs.store.disk import disk_errors
 from weightfs.store.memory import MemoryFile
-from weightfs.store.sparse import disk_errors
 from weightfs.testing.engines import running_engine
 from weightfs.testing.origin import Fault, FaultKind, Origin, open_origin
 from weightfs.testing.published import CHUNK, published_origin, sample
@@ -81,9 +81,9 @@ async def test_many_readers_of_a_suspect_chunk(tmp_path: Path) -> None:
 async def test_the_committer_goes_on_after_somebody_else_flushed(tmp_path: Path) -> None:
     """Regression: it waited for an event that `flush` had replaced."""
     async with opened(tmp_path / "cache") as (engine, _, _, blob):
-        await engine._committer.flush()
+        await engine._parts.committer.flush()
         await read(engine, blob, 0, 1)
-        while engine._committer.pending:
+        while engine._parts.committer.pending:
             await trio.sleep(0.001)
 
 
@@ -123,15 +123,15 @@ async def test_what_lands_in_a_lost_file_has_not_landed(tmp_path: Path) -> None:
         origin.always["/m.bin"] = Fault(FaultKind.STALL_BEFORE_BODY)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read, engine, blob, 0, 1)
-            while not engine._fetcher.jobs:
+            while not engine._parts.fetcher.jobs:
                 await trio.sleep(0.001)
-            (job,) = (flight.job for flight in engine._planner.jobs(0.0))
-            state = engine._catalog.state(blob)
+            (job,) = (flight.job for flight in engine._parts.planner.jobs(0.0))
+            state = engine._parts.catalog.state(blob)
             state.life += 1  # as if the file had been lost while the worker's word was on its way
-            engine._handle(wire.ChunkLanded(job, 0, hashlib.sha256(DATA[:CHUNK]).hexdigest()))
+            engine._parts._handle(wire.ChunkLanded(job, 0, hashlib.sha256(DATA[:CHUNK]).hexdigest()))
             assert 0 not in state.present
             origin.always.clear()
-            engine._fetcher.abandon(state)
+            engine._parts.fetcher.abandon(state)
         await read(engine, blob)
 
 
@@ -151,17 +151,17 @@ async def test_a_cancelled_removal_is_finished(tmp_path: Path) -> None:
 async def test_readers_of_a_removed_model_are_told_so(tmp_path: Path) -> None:
     async with opened(tmp_path / "cache") as (engine, _, ref, blob):
         await read(engine, blob)
-        state = engine._catalog.state(blob)
+        state = engine._parts.catalog.state(blob)
         await engine.remove(str(ref))
         with pytest.raises(ReadError) as caught:
-            await engine._reader._read_slowly(
-                state, ByteSpan(0, SIZE), state.shape.chunks, engine._reader._observe
+            await engine._parts.reader._read_slowly(
+                state, ByteSpan(0, SIZE), state.shape.chunks, engine._parts.reader._observe
             )
         assert caught.value.kind is FailureKind.CANCELLED
         await engine.add(ref)
         state.present.clear()
         with pytest.raises(ReadError):  # not answered by the books of the blob's next life
-            await engine._fetcher.wait_for(state, state.shape.chunks)
+            await engine._parts.fetcher.wait_for(state, state.shape.chunks)
 
 
 async def test_a_drop_while_the_sealer_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ async def test_a_drop_while_the_sealer_hashes(tmp_path: Path, monkeypatch: pytes
             with trio.fail_after(SECONDS):
                 blob = (await engine.add(ref)).entries[0].blob.id
                 await engine.complete(str(ref))
-                state = engine._catalog.state(blob)
+                state = engine._parts.catalog.state(blob)
                 seen: list[int] = []
                 forget = Committer.forget
 
@@ -182,7 +182,7 @@ async def test_a_drop_while_the_sealer_hashes(tmp_path: Path, monkeypatch: pytes
                     return await forget(self, blob, chunks)
 
                 monkeypatch.setattr(Committer, "forget", slowly)
-                await engine._holdings.drop(state, [0])
+                await engine._parts.holdings.drop(state, [0])
                 assert seen == [0]
                 assert state.trust is Trust.PROVISIONAL
                 await engine.complete(str(ref))
@@ -218,7 +218,7 @@ async def test_a_reader_cancelled_at_any_await_leaves_nothing_behind(tmp_path: P
                 for _ in range(steps):
                     await trio.lowlevel.checkpoint()
                 scope.cancel()
-        assert engine._planner.waiting() == 0
+        assert engine._parts.planner.waiting() == 0
         await read(engine, blob)
 
 
@@ -239,8 +239,8 @@ async def test_a_pull_brings_back_what_was_dropped_of_a_verified_blob(tmp_path: 
     """Regression: a verified blob counted as complete, whatever had been dropped of it since."""
     async with opened(tmp_path / "cache") as (engine, _, ref, blob):
         await engine.complete(str(ref))
-        await engine._holdings.drop(engine._catalog.state(blob), [2, 3])
-        engine._catalog.state(blob).filling = False
+        await engine._parts.holdings.drop(engine._parts.catalog.state(blob), [2, 3])
+        engine._parts.catalog.state(blob).filling = False
         await engine.complete(str(ref))
         assert engine.blob_status(blob).complete
 
@@ -284,7 +284,7 @@ async def test_a_blob_removed_while_another_one_is_sealed(
             await hashing[0].wait()
             await engine.read(first, ByteSpan(0, 3 * MIB))
             await engine.read(second, ByteSpan(2 * MIB, 3 * MIB))  # nothing of it can be hashed yet
-            while not engine._sealer._queued(engine._catalog.state(second)):
+            while not engine._parts.sealer._queued(engine._parts.catalog.state(second)):
                 await trio.sleep(0.001)
             go_on[0].set()  # the next round sees both
             await hashing[1].wait()
@@ -302,7 +302,7 @@ async def test_a_suspect_chunk_is_kept_when_there_are_no_descriptors_to_look_at_
         await read(engine, blob)
         await engine.quiet()
         before = engine.status().fetched_bytes
-        real, failures = engine._cache.read, iter(range(2))
+        real, failures = engine._parts.cache.read, iter(range(2))
 
         def scarce(blob: BlobId, span: ByteSpan) -> bytes:
             if next(failures, None) is not None:
@@ -310,11 +310,11 @@ async def test_a_suspect_chunk_is_kept_when_there_are_no_descriptors_to_look_at_
                     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return real(blob, span)
 
-        monkeypatch.setattr(engine._cache, "read", scarce)
-        engine._catalog.state(blob).suspect.add(2)
+        monkeypatch.setattr(engine._parts.cache, "read", scarce)
+        engine._parts.catalog.state(blob).suspect.add(2)
         await read(engine, blob, 2 * CHUNK, 3 * CHUNK)
         assert next(failures, None) is None
-        assert engine._holdings.disk_faults == 0
+        assert engine._parts.holdings.disk_faults == 0
         assert engine.status().fetched_bytes == before
         await engine.quiet()
         assert engine.check() == []
@@ -340,7 +340,7 @@ async def test_what_was_on_its_way_to_memory_when_the_chunk_list_changed_is_not_
     memory, jobs = MemoryFile(), _Jobs()
     try:
         async with opened(tmp_path / "cache") as (engine, _, _, blob), trio.open_nursery() as nursery:
-            state = engine._catalog.state(blob)
+            state = engine._parts.catalog.state(blob)
             pool, pacer = cast("WorkerPool", jobs), Pacer(None, {})
             uncached = Uncached(LAZY.limits, pool, memory, pacer, Tally(), nursery)
             uncached.want(state, ChunkSpan(0, 1))

@@ -49,7 +49,7 @@ async def test_a_fetch_that_is_held_back_goes_on_when_the_limit_is_lifted(
     slow = replace(LAZY, bandwidth=Timetable(((0, 1),)))
     async with engine_with(repository, tmp_path, slow) as engine, trio.open_nursery() as nursery:
         nursery.start_soon(engine.complete, str(REF))
-        while not engine._fetcher._pacing._pacer.waiting:
+        while not engine._parts.fetcher._pacing._pacer.waiting:
             await trio.sleep(0.01)
         assert await engine.reload(LAZY) == ()
 

@@ -79,24 +79,24 @@ async def test_reads_past_the_cache_do_not_give_what_was_refuted(
         with trio.fail_after(SECONDS):
             async with running_engine(tmp_path / "cache", LAZY) as engine:
                 blob = (await engine.add(parse_ref(bad))).entries[0].blob
-                state = engine._catalog.get(blob.id)
+                state = engine._parts.catalog.get(blob.id)
                 assert state is not None
-                engine._uncached.refused(state, "the cache is full")
+                engine._parts.uncached.refused(state, "the cache is full")
                 assert await engine.read(blob.id, span) == SPOILT[span.start : span.stop]
                 await quarantine(engine, bad)
                 if mended:
                     origin.files["/bad.bin"] = OriginFile(DATA, etag=TAG)
                 else:
                     await engine.add(parse_ref(good))
-                complete = engine._upkeep.complete_file
+                complete = engine._parts.upkeep.complete_file
                 came: list[bytes] = []
 
                 async def complete_file(path: str, state: BlobState) -> None:
-                    engine._uncached.refused(state, "the cache is full again")
+                    engine._parts.uncached.refused(state, "the cache is full again")
                     came.append(await engine.read(blob.id, span))
                     await complete(path, state)
 
-                monkeypatch.setattr(engine._upkeep, "complete_file", complete_file)
+                monkeypatch.setattr(engine._parts.upkeep, "complete_file", complete_file)
                 assert (await engine.repair(bad)).ok
                 assert came == [DATA[span.start : span.stop]]
 

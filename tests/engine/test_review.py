@@ -49,7 +49,7 @@ async def read(engine: Engine, blob: BlobId, *chunks: int) -> None:
 async def settle(engine: Engine) -> None:
     """Everything that was read is durable, hashed as far as it goes in order, and recorded."""
     await engine.quiet()
-    await engine._committer.flush()
+    await engine._parts.committer.flush()
 
 
 @asynccontextmanager
@@ -81,7 +81,7 @@ async def test_other_bytes_below_a_saved_running_hash_are_not_verified(
             blob = (await engine.add(ref)).entries[0].blob.id
             await read(engine, blob, 0, 1, 2)
             await settle(engine)
-            assert engine._cache.progress(blob).run is not None
+            assert engine._parts.cache.progress(blob).run is not None
         damage(cache / "blobs" / str(blob))
         origin.files["/m.bin"] = OriginFile(SPOILT, etag=TAG)
         await quarantines(cache, ref, blob)
@@ -95,8 +95,8 @@ async def test_a_kill_between_a_drop_and_the_next_commit(tmp_path: Path) -> None
             blob = (await engine.add(ref)).entries[0].blob.id
             await read(engine, blob, 0, 1, 2)
             await settle(engine)
-            assert engine._cache.progress(blob).run is not None
-            await engine._holdings.drop(engine._catalog.state(blob), [0])
+            assert engine._parts.cache.progress(blob).run is not None
+            await engine._parts.holdings.drop(engine._parts.catalog.state(blob), [0])
             shutil.copytree(tmp_path / "cache", tmp_path / "killed")
         origin.files["/m.bin"] = OriginFile(SPOILT, etag=TAG)
         await quarantines(tmp_path / "killed", ref, blob)
@@ -136,9 +136,9 @@ async def test_a_second_ref_brings_a_list_in_other_pieces(
         assert "keeps its chunk length" in caplog.text
         await read(engine, blob.id, 3, 0)
         await engine.complete(str(ref))
-        kept = engine._cache.blob(blob.id)
+        kept = engine._parts.cache.blob(blob.id)
         assert kept is not None
-        assert kept.shape == engine._catalog.state(blob.id).shape == blob.shape
+        assert kept.shape == engine._parts.catalog.state(blob.id).shape == blob.shape
     async with running_engine(tmp_path / "cache", LAZY) as engine:
         await read(engine, blob.id, 0, 1, 2, 3)
 
@@ -155,7 +155,7 @@ async def test_a_refresh_brings_a_new_validator(tmp_path: Path) -> None:
         with pytest.raises(ReadError):
             await read(engine, blob, 1)
         await engine.add(ref, refresh=True)
-        assert [mirror.validator for mirror in engine._catalog.state(blob).mirrors] == ['"two"']
+        assert [mirror.validator for mirror in engine._parts.catalog.state(blob).mirrors] == ['"two"']
         await read(engine, blob, 1, 2, 3)
 
 
@@ -174,9 +174,9 @@ async def test_a_refresh_brings_a_list_that_refutes_a_chunk(tmp_path: Path) -> N
         origin.files["/m.bin"] = OriginFile(DATA, etag=TAG)
         publish_list(origin)
         await engine.add(ref, refresh=True)
-        state = engine._catalog.state(blob)
+        state = engine._parts.catalog.state(blob)
         assert state.trust is Trust.ATTESTED
-        assert state.durable == engine._cache.progress(blob).present
+        assert state.durable == engine._parts.cache.progress(blob).present
         await read(engine, blob, 0)
         await engine.complete(str(ref))
         assert engine.blob_status(blob).trust == Trust.VERIFIED
@@ -195,7 +195,7 @@ async def test_a_quarantined_blob_is_cured_by_a_trusted_list(tmp_path: Path) -> 
         await engine.complete(str(ref))
         await read(engine, blob, 0, 1, 2, 3)
         await settle(engine)
-        assert engine._cache.progress(blob).trust is Trust.VERIFIED
+        assert engine._parts.cache.progress(blob).trust is Trust.VERIFIED
 
 
 async def test_a_list_that_refutes_nothing_keeps_what_is_cached(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ async def test_a_list_that_refutes_nothing_keeps_what_is_cached(tmp_path: Path) 
         await engine.complete(str(ref))
         publish_list(origin)
         await engine.add(ref, refresh=True)
-        state = engine._catalog.state(blob)
+        state = engine._parts.catalog.state(blob)
         assert (state.trust, state.generation, state.present.full) == (Trust.VERIFIED, 0, True)
         assert state.blob.chunk_list is not None
 
@@ -214,7 +214,7 @@ async def test_a_chunk_that_is_dropped_twice_at_once_counts_once(tmp_path: Path)
     async with open_plain() as (_, ref), running_engine(tmp_path / "cache", LAZY) as engine:
         blob = (await engine.add(ref)).entries[0].blob.id
         await read(engine, blob, 0, 1)
-        await engine._holdings.drop(engine._catalog.state(blob), [0, 0])
+        await engine._parts.holdings.drop(engine._parts.catalog.state(blob), [0, 0])
         assert engine.blob_status(blob).present_bytes == MIB
 
 
@@ -244,7 +244,7 @@ async def test_a_ref_that_moves_on_frees_what_it_was(tmp_path: Path) -> None:
         assert (await engine.add(ref, refresh=True)).entries[0].blob.id != old
         assert files(cache) == set()
         assert engine.status().cache_bytes == 0
-        assert engine._cache.orphans() == []
+        assert engine._parts.cache.orphans() == []
 
 
 async def test_what_somebody_reads_is_freed_when_it_is_released(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ async def test_what_somebody_reads_is_freed_when_it_is_released(tmp_path: Path) 
         engine.released(old)
         while files(cache):
             await trio.sleep(0.001)
-        assert engine._catalog.get(old) is None
+        assert engine._parts.catalog.get(old) is None
 
 
 async def test_a_start_frees_what_no_ref_names(tmp_path: Path) -> None:
@@ -293,12 +293,12 @@ async def test_one_failed_sync_costs_what_was_not_durable_and_no_more(
         blob = (await engine.add(ref)).entries[0].blob.id
         monkeypatch.setattr(os, "fdatasync", fails_once)
         monkeypatch.setattr(committer, "RETRY_SECONDS", 0.01)
-        state = engine._catalog.state(blob)
+        state = engine._parts.catalog.state(blob)
         with trio.fail_after(SECONDS):
-            await engine._holdings.fill(state)
+            await engine._parts.holdings.fill(state)
             while not state.sealed:
                 await trio.sleep(0.001)
         assert next(calls) > 2
         assert await engine.read(blob, ByteSpan(0, len(data))) == data
         assert "landed before its file failed" not in caplog.text
-        assert engine._cache.doubt(blob) is None
+        assert engine._parts.cache.doubt(blob) is None

@@ -82,7 +82,7 @@ async def add_all(engine: Engine, refs: dict[str, Ref]) -> dict[str, BlobId]:
 
 
 def state_of(engine: Engine, blob: BlobId) -> BlobState:
-    return engine._catalog.state(blob)
+    return engine._parts.catalog.state(blob)
 
 
 def on_disk(root: Path) -> int:
@@ -243,7 +243,7 @@ async def test_what_was_proven_binds_what_comes_after_an_eviction(tmp_path: Path
                 await engine.complete(str(refs["a"]))
                 await engine.quiet()
                 state = state_of(engine, blob.id)
-                assert await engine._holdings.evict(state, None, lambda: True) == (SIZE, SIZE)
+                assert await engine._parts.holdings.evict(state, None, lambda: True) == (SIZE, SIZE)
                 assert not state.present
                 honest = origin.files["/a"]
                 origin.files["/a"] = replace(honest, data=bytes(SIZE), etag=honest.tag)
@@ -262,9 +262,9 @@ async def test_what_was_proven_binds_what_comes_after_an_eviction(tmp_path: Path
 
 async def next_look(engine: Engine) -> None:
     """Room has looked at everything once more."""
-    engine._room.poke()
+    engine._parts.room.poke()
     await trio.testing.wait_all_tasks_blocked()
-    async with engine._room._evicting:
+    async with engine._parts.room._evicting:
         pass
 
 
@@ -360,8 +360,8 @@ async def test_an_origin_without_ranges_needs_room_for_the_whole(tmp_path: Path)
         origin.always["/b"] = Fault(FaultKind.NO_RANGES)
         await read(engine, ids, "a")
         engine.opened(ids["a"])
-        await engine._holdings.prepare(state_of(engine, ids["c"]))
-        await engine._fetcher.wait_for(state_of(engine, ids["c"]), ChunkSpan(0, 3))
+        await engine._parts.holdings.prepare(state_of(engine, ids["c"]))
+        await engine._parts.fetcher.wait_for(state_of(engine, ids["c"]), ChunkSpan(0, 3))
         await engine.quiet()
         await read_past(engine, ids, "b")
         assert cached(engine, ids) == "ac"
@@ -422,7 +422,9 @@ async def test_readers_who_race_with_evictions_get_the_bytes(tmp_path: Path) -> 
             generator = random.Random(99)
             while done < 120:
                 part = None if generator.random() < 0.4 else generator.sample(range(COUNT), 5)
-                await engine._holdings.evict(state, part, lambda: not engine._planner.busy(state.id))
+                await engine._parts.holdings.evict(
+                    state, part, lambda: not engine._parts.planner.busy(state.id)
+                )
                 await trio.sleep(0)
 
         async with trio.open_nursery() as nursery:
@@ -449,15 +451,15 @@ async def test_bytes_that_were_read_across_an_eviction_are_not_used(
 
     async with models() as (_, refs), engine_of(tmp_path / "cache", refs) as (engine, ids):
         state = state_of(engine, ids["a"])
-        await engine._holdings.prepare(state)
-        await engine._fetcher.wait_for(state, ChunkSpan(0, 3))
+        await engine._parts.holdings.prepare(state)
+        await engine._parts.fetcher.wait_for(state, ChunkSpan(0, 3))
         await engine.quiet()
         monkeypatch.setattr(Cache, "read_nowait", lambda *_: None)
         monkeypatch.setattr(Cache, "read", slowly)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read, engine, ids, "a", 0, 2 * CHUNK)
             await trio.to_thread.run_sync(reading.wait)
-            room_of, _ = await engine._holdings.evict(state, part, lambda: True)
+            room_of, _ = await engine._parts.holdings.evict(state, part, lambda: True)
             assert room_of >= 2 * CHUNK
             go_on.set()
         assert seen[0] == bytes(2 * CHUNK)  # the hole
@@ -484,15 +486,15 @@ async def test_what_begins_amid_an_eviction_does_not_land_in_the_old_file(
     monkeypatch.setattr(Holdings, "mend", noting)
     async with models() as (_, refs), engine_of(tmp_path / "cache", refs) as (engine, ids):
         state = state_of(engine, ids["a"])
-        await engine._holdings.prepare(state)
-        await engine._fetcher.wait_for(state, ChunkSpan(0, 3))  # without any read-ahead
+        await engine._parts.holdings.prepare(state)
+        await engine._parts.fetcher.wait_for(state, ChunkSpan(0, 3))  # without any read-ahead
         await engine.quiet()
         monkeypatch.setattr(Cache, "evict", slowly)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine._holdings.evict, state, None, lambda: True)
+            nursery.start_soon(engine._parts.holdings.evict, state, None, lambda: True)
             await trio.to_thread.run_sync(evicting.wait)
             # Read-ahead that was planned before does not look whether the file is prepared.
-            engine._fetcher.feed(plan.Want(state.id, ChunkSpan(8, 10)))
+            engine._parts.fetcher.feed(plan.Want(state.id, ChunkSpan(8, 10)))
             while not refused.is_set() and 9 not in state.present:
                 await trio.sleep(0.005)
             go_on.set()
@@ -502,9 +504,9 @@ async def test_what_begins_amid_an_eviction_does_not_land_in_the_old_file(
 async def test_an_eviction_that_the_index_refuses_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weightfs.engine import holdings
+    from weightfs.engine import dropping
 
-    monkeypatch.setattr(holdings, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(dropping, "RETRY_SECONDS", 0.02)
     full = NoSpaceError("the index cannot grow")
 
     def refuse(*_: object) -> None:
@@ -515,7 +517,10 @@ async def test_an_eviction_that_the_index_refuses_loses_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(Cache, "evict", refuse)
             for part in (None, [0, 1]):
-                assert await engine._holdings.evict(state_of(engine, ids["a"]), part, lambda: True) == (0, 0)
+                assert await engine._parts.holdings.evict(state_of(engine, ids["a"]), part, lambda: True) == (
+                    0,
+                    0,
+                )
         await read_until_kept(engine, ids, "a")
 
 
@@ -533,7 +538,7 @@ async def test_an_eviction_survives_a_crash(tmp_path: Path, how: str) -> None:
                 await read(engine, ids, "a", 0, 9 * CHUNK)
                 await engine.quiet()
                 state = state_of(engine, ids["a"])
-                await engine._holdings.evict(state, None if how == "whole" else [2, 3, 4], lambda: True)
+                await engine._parts.holdings.evict(state, None if how == "whole" else [2, 3, 4], lambda: True)
                 shutil.copytree(tmp_path / "cache", tmp_path / "crashed", copy_function=shutil.copy2)
         async with running_engine(tmp_path / "crashed", LAZY) as engine:
             ids = await add_all(engine, refs)
@@ -549,8 +554,8 @@ async def test_what_was_written_and_not_recorded_before_a_crash_takes_no_room(tm
             ids = await add_all(engine, refs)
             with trio.fail_after(SECONDS):
                 state = state_of(engine, ids["a"])
-                await engine._holdings.prepare(state)
-                await engine._fetcher.wait_for(state, ChunkSpan(0, 3))
+                await engine._parts.holdings.prepare(state)
+                await engine._parts.fetcher.wait_for(state, ChunkSpan(0, 3))
                 await engine.quiet()
                 shutil.copytree(tmp_path / "cache", tmp_path / "crashed")
         with (tmp_path / "crashed" / "blobs" / str(ids["a"])).open("r+b") as file:
@@ -603,7 +608,7 @@ async def test_last_uses_survive_a_stop(tmp_path: Path, clock: Clock, clean: boo
                 await read(engine, ids, "b", 7, 8)
                 await engine.quiet()
                 if not clean:
-                    await engine._room.note_uses()
+                    await engine._parts.room.note_uses()
                     shutil.copytree(tmp_path / "cache", tmp_path / "crashed")
         root = tmp_path / ("cache" if clean else "crashed")
         async with running_engine(root, replace(LAZY, max_bytes=2 * SIZE + SIZE // 2)) as engine:
@@ -672,7 +677,7 @@ async def test_gc_says_what_it_would_do_and_does_it(tmp_path: Path, clock: Clock
             assert (await engine.gc()).evicted == ()  # no limits: nothing to do
             await engine.pin(str(refs["a"]), pinned=True)
         async with running_engine(tmp_path / "cache", replace(LAZY, max_bytes=2 * SIZE)) as engine:
-            engine._room.poke = lambda: None  # type: ignore[method-assign]  # the command is quicker than the loop
+            engine._parts.room.poke = lambda: None  # type: ignore[method-assign]  # the command is quicker than the loop
             planned = await engine.gc(dry_run=True)
             assert [(one.ref, one.nbytes, one.whole) for one in planned.evicted] == [
                 (str(refs["b"]), SIZE, True),
@@ -696,8 +701,8 @@ async def test_who_only_looks_evicts_nothing(tmp_path: Path, clock: Clock) -> No
         settings = replace(LAZY, max_bytes=CHUNK, max_age=60.0, tidies=False)
         async with running_engine(tmp_path / "cache", settings) as engine:
             for _ in range(5):
-                measured = engine._room._measured
-                while engine._room._measured == measured:
+                measured = engine._parts.room._measured
+                while engine._parts.room._measured == measured:
                     await trio.sleep(0.01)
             assert cached(engine, ids) == "a"
             assert len((await engine.gc(dry_run=True)).evicted) == 1
@@ -761,7 +766,7 @@ async def test_a_disk_that_is_full_at_the_end_has_nobody_evicted(
                 def full(*_: object, **__: object) -> None:
                     raise NoSpaceError("No space left on device")
 
-                monkeypatch.setattr(engine._cache, "commit", full)
+                monkeypatch.setattr(engine._parts.cache, "commit", full)
             assert engine.status().evicted_bytes == 0
         async with running_engine(tmp_path / "cache", LAZY) as engine:
             assert engine.blob_status(ids["a"]).complete

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from weightfs.engine.settings import EngineSettings
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import FailureKind
 from weightfs.testing.origin import Fault, FaultKind, Origin, open_origin
+from weightfs.testing.waiting import eventually
 
 SETTINGS = EngineSettings(workers=1)
 SECONDS = 60  # bounds for what a busy machine does with real processes
@@ -36,13 +37,8 @@ class Heard:
     def handle(self, message: wire.FromWorker) -> None:
         self.messages.append(message)
 
-    async def until(self, condition: Callable[[], object]) -> None:
-        with trio.fail_after(SECONDS):
-            while not condition():
-                await trio.sleep(0.01)
-
     async def answer(self, job: int) -> wire.FromWorker:
-        await self.until(lambda: self.answers(job))
+        await eventually(lambda: self.answers(job))
         return self.answers(job)[0]
 
     def answers(self, job: int) -> list[wire.FromWorker]:
@@ -85,7 +81,7 @@ async def test_a_killed_worker_is_replaced_and_its_jobs_are_answered_after_it_is
     async with open_origin({"/m": bytes(3 * MIB)}) as origin, running_pool() as (pool, heard):
         origin.always["/m"] = Fault(FaultKind.STALL_MID_BODY, after=MIB)
         pool.submit(fetch_job(1, origin, sparse(tmp_path / "m", 3 * MIB), 3 * MIB))
-        await heard.until(lambda: any(isinstance(message, wire.ChunkLanded) for message in heard.messages))
+        await eventually(lambda: any(isinstance(message, wire.ChunkLanded) for message in heard.messages))
         (first,) = pool.pids
         os.kill(first, signal.SIGKILL)
         answer = await heard.answer(1)
@@ -103,7 +99,7 @@ async def test_a_killed_worker_is_replaced_and_its_jobs_are_answered_after_it_is
 async def test_a_worker_that_dies_while_it_is_written_to_does_not_end_the_engine(tmp_path: Path) -> None:
     """Regression: the broken pipe of the writing task came as a group, which nobody caught."""
     async with open_origin({"/m": bytes(MIB)}) as origin, running_pool() as (pool, heard):
-        await heard.until(lambda: pool.pids)
+        await eventually(lambda: pool.pids)
         path = sparse(tmp_path / "m", MIB)
         for number in range(1, 40):
             pool.submit(fetch_job(number, origin, path, MIB, digests="ab" * 32))
@@ -132,8 +128,8 @@ async def test_a_stopped_worker_is_replaced_after_its_silence_bound(tmp_path: Pa
 
 async def test_workers_are_started_from_the_thread_that_lives_as_long_as_the_engine() -> None:
     """Regression: they were forked in a thread of trio's pool, and PR_SET_PDEATHSIG killed them when that one ended."""
-    async with running_pool() as (pool, heard):
-        await heard.until(lambda: pool.pids)
+    async with running_pool() as (pool, _):
+        await eventually(lambda: pool.pids)
         task = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
         assert str(pool.pids[0]) in task
 
@@ -141,7 +137,7 @@ async def test_workers_are_started_from_the_thread_that_lives_as_long_as_the_eng
 async def test_strange_words_of_a_worker_cost_it_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: what is no message came as a group, and ended the engine."""
     async with running_pool() as (pool, heard):
-        await heard.until(
+        await eventually(
             lambda: any(isinstance(message, wire.Alive) for message in heard.messages) or pool.pids
         )
         (first,) = pool.pids
@@ -158,7 +154,7 @@ async def test_strange_words_of_a_worker_cost_it_its_life(monkeypatch: pytest.Mo
         pool.submit(job)
         answer = await heard.answer(-1)
         assert isinstance(answer, wire.JobFailed)
-        await heard.until(lambda: pool.pids and pool.pids != (first,))
+        await eventually(lambda: pool.pids and pool.pids != (first,))
         assert gone(first)
 
 
@@ -222,8 +218,8 @@ async def test_a_file_that_was_replaced_is_not_written_to(tmp_path: Path) -> Non
 async def test_workers_hold_the_descriptors_that_they_are_given(tmp_path: Path) -> None:
     lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        async with running_pool(replace(SETTINGS, workers=2), keep_fds=(lock,)) as (pool, heard):
-            await heard.until(lambda: len(pool.pids) == 2)
+        async with running_pool(replace(SETTINGS, workers=2), keep_fds=(lock,)) as (pool, _):
+            await eventually(lambda: len(pool.pids) == 2)
             for pid in pool.pids:
                 assert os.readlink(f"/proc/{pid}/fd/{lock}") == str(tmp_path / "lock")
             pids = pool.pids

@@ -34,6 +34,7 @@ from weightfs.core.manifest import BlobId
 from weightfs.core.plan import Limits
 from weightfs.core.ref import parse_ref
 from weightfs.engine.committer import Committer
+from weightfs.engine.dropping import Dropper
 from weightfs.engine.engine import Engine, open_engine
 from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.holdings import Holdings
@@ -123,7 +124,7 @@ def tell(tally: Path) -> None:
     """Keep `tally` at the bytes that are present. It is lowered before chunks are dropped, never after."""
     with tally.open("r+b") as file:
         shared = mmap.mmap(file.fileno(), 8)
-    landed, drop = Holdings.landed, Holdings._drop
+    landed, drop = Holdings.landed, Dropper.drop
 
     def put(count: int) -> None:
         shared[:] = count.to_bytes(8, "little")
@@ -132,12 +133,12 @@ def tell(tally: Path) -> None:
         landed(self, state, *rest)
         put(state.present_bytes)
 
-    async def told_drop(self: Holdings, owed: Any) -> None:
+    async def told_drop(self: Dropper, owed: Any) -> None:
         put(owed.state.present_bytes - sum(len(owed.state.shape.span_of(chunk)) for chunk in owed.chunks))
         await drop(self, owed)
 
     setattr(Holdings, "landed", told_landed)  # noqa: B010 - a method, of which mypy would not hear
-    setattr(Holdings, "_drop", told_drop)  # noqa: B010
+    setattr(Dropper, "drop", told_drop)  # noqa: B010
 
 
 def swap() -> None:
@@ -192,8 +193,8 @@ async def main(root: Path, text: str, step: str, count: int, options: argparse.N
                     for _ in range(3):
                         nursery.start_soon(read_on, engine, manifest.entries[0].blob.id, truth)
                 await engine.complete(str(ref))
-                state = engine._catalog.state(manifest.entries[0].blob.id)
-                await engine._holdings.drop(state, range(3))
+                state = engine._parts.catalog.state(manifest.entries[0].blob.id)
+                await engine._parts.holdings.drop(state, range(3))
                 await engine.complete(str(ref))
                 nursery.cancel_scope.cancel()
             print(json.dumps({"done": True}), flush=True)

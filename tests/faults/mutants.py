@@ -625,8 +625,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "LMDB file corrupted",
         "a record that cannot be is an error of ours",
-        "store/index.py",
-        "        raise _found_damaged(directory, str(error)) from error\n    except (\n",
+        "store/lmdberrors.py",
+        "        raise found_damaged(directory, str(error)) from error\n    except (\n",
         "        raise\n    except (\n",
         ("store/test_opening.py::test_damaged_meta",),
     ),
@@ -747,7 +747,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "EDQUOT",
         "the index does",
-        "store/index.py",
+        "store/lmdberrors.py",
         "number in (errno.ENOSPC, errno.EDQUOT) or",
         "number == errno.ENOSPC or",
         (f"{QUOTA}_is_read_past_the_cache_and_the_disk_is_not_sick[1]",),
@@ -763,7 +763,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "EROFS",
         "a read-only filesystem is a matter of permissions",
-        "store/sparse.py",
+        "store/disk.py",
         "DiskFault if error.errno == errno.EROFS else CacheError",
         "CacheError",
         ("faults/test_sick_disk.py::test_whoever_cannot_write_blames_the_disk_and_no_mirror[file-30]",),

@@ -11,8 +11,7 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from weightfs.store.cache import Cache
 from weightfs.testing.engines import running_engine
 from weightfs.testing.nginx import Nginx
 from weightfs.testing.published import sample
+from weightfs.testing.waiting import until
 
 pytestmark = pytest.mark.nginx
 
@@ -106,13 +106,6 @@ def driving(cache: Path, url: str, step: str = "never", count: int = 1, *more: s
             process.wait(SECONDS)
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.005)
-
-
 def lives(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -120,12 +113,14 @@ def lives(pid: int) -> bool:
         return False
 
 
-def has_files(pid: int) -> bool:
+def open_files(pid: int) -> list[str]:
     """A process that ends closes its files, and with them the lock, a moment before it counts as dead."""
-    try:
-        return any(Path(f"/proc/{pid}/fd").iterdir())
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    found: list[str] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it goes on working, and closes some
+                found.append(os.readlink(entry))
+    return found
 
 
 async def come_back(cache: Path, origin: Nginx, content: bytes, *, extra: int = 0) -> None:
@@ -201,7 +196,7 @@ def test_orphaned_workers_die_and_the_lock_waits_for_them(tmp_path: Path, origin
         driver.process.kill()
         driver.process.wait(SECONDS)
         Cache.open(tmp_path / "cache", now=0).close()
-        assert not any(has_files(pid) for pid in driver.workers)
+        assert not any(open_files(pid) for pid in driver.workers)
 
 
 def test_the_lock_is_held_by_a_worker_that_outlives_its_owner(tmp_path: Path) -> None:

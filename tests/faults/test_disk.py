@@ -20,7 +20,7 @@ from weightfs.core.geometry import MIB, ByteSpan
 from weightfs.core.manifest import BlobId, Policy, Trust
 from weightfs.core.plan import Limits
 from weightfs.core.ref import Ref, parse_ref
-from weightfs.engine import committer, health, holdings, seal, uncached
+from weightfs.engine import committer, dropping, health, seal, uncached
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import CacheError, DiskFault, FailureKind, NoSpaceError, ReadError
@@ -38,7 +38,7 @@ SECONDS = 30
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (committer, holdings, seal):
+    for module in (committer, dropping, seal):
         monkeypatch.setattr(module, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(uncached, "REFUSAL_SECONDS", 0.02)
     monkeypatch.setattr(health, "RULES", HealthRules(merge=0.02, pause=0.02, calm=0.1, longest_calm=0.5))

@@ -21,10 +21,11 @@ import pytest
 from weightfs.core.geometry import MIB
 from weightfs.mount.mounttable import mounts_at
 from weightfs.store.cache import Cache
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.mounts import can_mount
 from weightfs.testing.nginx import Nginx
 from weightfs.testing.published import sample
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.mount,

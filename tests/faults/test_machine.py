@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from weightfs.sources.base import FetchSettings
 from weightfs.testing.engines import running_engine
 from weightfs.testing.nginx import Nginx
 from weightfs.testing.published import CHUNK, chunk_list, published_origin, sample
+from weightfs.testing.waiting import eventually
 
 SIZE = 30 * CHUNK + 9
 DATA = sample(SIZE)
@@ -45,12 +46,6 @@ def nginx(tmp_path: Path) -> Iterator[Nginx]:
         yield server
 
 
-async def until(condition: Callable[[], object]) -> None:
-    with trio.fail_after(SECONDS):
-        while not condition():
-            await trio.sleep(0.005)
-
-
 @pytest.mark.nginx
 @pytest.mark.parametrize("fill", [FillMode.NEVER, FillMode.OPENED])
 async def test_the_network_is_gone_and_comes_back(
@@ -71,9 +66,9 @@ async def test_the_network_is_gone_and_comes_back(
             async with trio.open_nursery() as nursery:
                 if fill is FillMode.NEVER:
                     nursery.start_soon(read)
-                await until(lambda: "(connect)" in caplog.text)
+                await eventually(lambda: "(connect)" in caplog.text)
                 nginx.resume()
-            await until(lambda: engine.blob_status(blob).trust == Trust.VERIFIED)
+            await eventually(lambda: engine.blob_status(blob).trust == Trust.VERIFIED)
             assert got == ([DATA] if fill is FillMode.NEVER else [])
             assert await engine.read(blob, ByteSpan(0, SIZE)) == DATA
         engine.released(blob)
@@ -136,7 +131,7 @@ async def test_out_of_descriptors(tmp_path: Path, nginx: Nginx, caplog: pytest.L
             async with trio.open_nursery() as nursery:
                 with no_descriptors():
                     nursery.start_soon(read)
-                    await until(lambda: "raise the limit of open files" in caplog.text)
+                    await eventually(lambda: "raise the limit of open files" in caplog.text)
                     assert await engine.read(blob, ByteSpan(0, CHUNK)) == DATA[:CHUNK]
                     assert not got
         assert got == [DATA]
@@ -164,7 +159,7 @@ async def test_out_of_descriptors_before_the_file_is_open(
                 async with trio.open_nursery() as nursery:
                     with no_descriptors():
                         nursery.start_soon(read)
-                        await until(lambda: caplog.text.count("trying again") >= 4)
+                        await eventually(lambda: caplog.text.count("trying again") >= 4)
                         assert not got
             assert got == [DATA[:CHUNK]]
         assert bool(origin.seen) is not cached

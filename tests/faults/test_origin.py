@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from weightfs.sources.base import FetchSettings
 from weightfs.testing.engines import running_engine
 from weightfs.testing.origin import Fault, FaultKind, Origin, OriginFile, open_origin
 from weightfs.testing.published import CHUNK, bytes_asked, chunk_list, published_origin, sample
+from weightfs.testing.waiting import eventually
 
 COUNT = 10
 SIZE = COUNT * CHUNK - 77
@@ -108,11 +109,6 @@ class Stage:
     async def check_everything(self) -> None:
         assert await self.engine.read(self.blob, ByteSpan(0, SIZE)) == DATA
 
-    async def until(self, condition: Callable[[], object]) -> None:
-        """Poll: nobody is told of the end of a fill that nobody waits for."""
-        while not condition():
-            await trio.sleep(0.005)
-
 
 def names(caplog: pytest.LogCaptureFixture, stage: Stage, kinds: set[FailureKind]) -> bool:
     """Whether a line of the log has the ref, the mirror at fault and what its fault was."""
@@ -177,7 +173,7 @@ async def test_fills_with_one_honest_mirror(
     caplog.set_level("INFO", "weightfs")
     async with staged(tmp_path / "cache", fault, honest=True, settings=FILLING) as stage:
         stage.engine.opened(stage.blob)
-        await stage.until(lambda: stage.engine.blob_status(stage.blob).trust == Trust.VERIFIED)
+        await eventually(lambda: stage.engine.blob_status(stage.blob).trust == Trust.VERIFIED)
         stage.engine.released(stage.blob)
         await stage.check_everything()
         assert kinds is None or names(caplog, stage, kinds)
@@ -193,11 +189,11 @@ async def test_fills_with_nobody_honest(
     async with staged(tmp_path / "cache", fault, honest=False, settings=settings) as stage:
         stage.engine.opened(stage.blob)
         if kinds is not None:
-            await stage.until(lambda: "cannot be fetched for now" in caplog.text)
+            await eventually(lambda: "cannot be fetched for now" in caplog.text)
             assert not stage.engine.blob_status(stage.blob).complete
             assert names(caplog, stage, kinds)
             stage.first.always.clear()
-        await stage.until(lambda: stage.engine.blob_status(stage.blob).trust == Trust.VERIFIED)
+        await eventually(lambda: stage.engine.blob_status(stage.blob).trust == Trust.VERIFIED)
         await stage.check_everything()
 
 

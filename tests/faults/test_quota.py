@@ -19,7 +19,7 @@ import trio
 from weightfs.core.geometry import MIB, ByteSpan
 from weightfs.core.plan import Limits
 from weightfs.core.ref import parse_ref
-from weightfs.engine import committer, holdings, uncached
+from weightfs.engine import committer, dropping, uncached
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import NoSpaceError
 from weightfs.testing import disks
@@ -36,7 +36,7 @@ SECONDS = 60
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (committer, holdings):
+    for module in (committer, dropping):
         monkeypatch.setattr(module, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(uncached, "REFUSAL_SECONDS", 0.1)
 
@@ -52,6 +52,7 @@ def limited(tmp_path: Path) -> Iterator[Path]:
         disks.run("btrfs", "quota", "enable", str(directory))
         disks.run("btrfs", "qgroup", "limit", str(QUOTA), str(directory))
         yield directory
+    image.unlink()
 
 
 def ref_of(origin: Origin, name: str, data: bytes) -> str:

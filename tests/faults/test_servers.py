@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from weightfs.testing.nginx import Nginx
 from weightfs.testing.origin import Fault, FaultKind, OriginFile, open_origin
 from weightfs.testing.published import CHUNK, chunk_list, sample
 from weightfs.testing.tls import make_tls
+from weightfs.testing.waiting import eventually
 
 pytestmark = pytest.mark.nginx
 
@@ -70,11 +71,6 @@ def everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "weightfs")
 
 
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():
-        await trio.sleep(0.005)
-
-
 def logged(caplog: pytest.LogCaptureFixture, *words: str) -> bool:
     """Whether one line has all the words."""
     return any(all(word in record.getMessage() for word in words) for record in caplog.records)
@@ -87,7 +83,7 @@ async def test_a_worker_of_nginx_is_killed_amid_the_body(
         async with published(tmp_path / "cache", nginx.url("m.bin")) as (engine, ref, blob):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.complete, str(ref))
-                await until(lambda: engine.blob_status(blob).present_bytes)
+                await eventually(lambda: engine.blob_status(blob).present_bytes)
                 (worker,) = nginx.worker_pids
                 os.kill(worker, signal.SIGKILL)
             assert not any(request.status == 206 and request.sent == SIZE for request in nginx.requests())

@@ -23,17 +23,18 @@ from weightfs.core.manifest import BlobId, Policy
 from weightfs.core.plan import Limits
 from weightfs.core.readahead import ReadAhead
 from weightfs.core.ref import Ref
-from weightfs.engine import committer, health, holdings, seal, uncached, worker
+from weightfs.engine import committer, dropping, health, seal, uncached, worker
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import DiskFault, FailureKind, NoDescriptorsError, NoSpaceError, ReadError
 from weightfs.store.cache import Cache
 from weightfs.testing import disks
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.engines import running_engine
 from weightfs.testing.origin import Fault, FaultKind
 from weightfs.testing.published import CHUNK, bytes_asked, published_origin, sample
 from weightfs.testing.sick_disk import SickDisk, sick_disk
+from weightfs.testing.waiting import until
 
 COUNT = 24
 SIZE = COUNT * CHUNK + 123
@@ -48,7 +49,7 @@ BROKEN = DiskFault("the cache cannot write the index: Input/output error")
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (committer, holdings, seal):
+    for module in (committer, dropping, seal):
         monkeypatch.setattr(module, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(uncached, "REFUSAL_SECONDS", 0.05)
     monkeypatch.setattr(health, "RULES", QUICK)
@@ -257,7 +258,7 @@ async def test_a_chunk_that_cannot_be_read_comes_from_the_network_and_its_loss_i
             status = engine.status()
             assert status.disk != "healthy"
             assert status.disk_faults > 0
-            assert 5 not in engine._catalog.state(blob).durable
+            assert 5 not in engine._parts.catalog.state(blob).durable
             await reads(engine, blob, 7 * CHUNK, 8 * CHUNK)
             spots.chunks.clear()
             await until_disk(engine, "healthy", blob)
@@ -265,7 +266,7 @@ async def test_a_chunk_that_cannot_be_read_comes_from_the_network_and_its_loss_i
 
 
 def bypass(engine: Engine) -> None:
-    engine._watch.failed(BROKEN)
+    engine._parts.watch.failed(BROKEN)
     assert engine.status().disk == "bypassed"
 
 
@@ -330,8 +331,8 @@ async def test_memory_is_bounded_however_many_read(tmp_path: Path, monkeypatch: 
         async def watch() -> None:
             nonlocal most
             while True:
-                taken = os.fstat(engine._memory.descriptor).st_blocks * 512
-                most = max(most, taken, engine._uncached.planner.held_bytes)
+                taken = os.fstat(engine._parts.memory.descriptor).st_blocks * 512
+                most = max(most, taken, engine._parts.uncached.planner.held_bytes)
                 await trio.sleep(0)
 
         async def one(seed: int) -> None:
@@ -414,12 +415,12 @@ async def test_a_model_that_is_removed_leaves_nothing_in_memory(tmp_path: Path) 
             origin.always["/m.bin"] = Fault(FaultKind.STALL_BEFORE_BODY)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(gets_told, engine, blob)
-                while not engine._uncached.planner.waiting():
+                while not engine._parts.uncached.planner.waiting():
                     await trio.sleep(0)
                 await engine.remove(str(ref))
-        assert engine._uncached.planner.held_bytes == 0
-        assert os.fstat(engine._memory.descriptor).st_blocks == 0
-        assert not engine._memory._bases
+        assert engine._parts.uncached.planner.held_bytes == 0
+        assert os.fstat(engine._parts.memory.descriptor).st_blocks == 0
+        assert not engine._parts.memory._bases
 
 
 async def gets_told(engine: Engine, blob: BlobId) -> None:
@@ -439,7 +440,7 @@ async def test_what_nobody_reads_any_more_leaves_memory(
         bypass(engine)
         with trio.fail_after(SECONDS):
             await reads(engine, blob, 0, 4 * CHUNK)
-            while engine._uncached.planner.held_bytes:
+            while engine._parts.uncached.planner.held_bytes:
                 await trio.sleep(0.01)
 
 
@@ -479,7 +480,7 @@ async def test_whoever_cannot_write_blames_the_disk_and_no_mirror(
 
 async def test_a_full_disk_is_not_a_sick_one(tmp_path: Path) -> None:
     async with running_engine(tmp_path / "cache", LAZY) as engine:
-        engine._watch.failed(NoSpaceError("full"))
+        engine._parts.watch.failed(NoSpaceError("full"))
         assert engine.status().disk == "healthy"
 
 
@@ -488,7 +489,7 @@ async def test_a_trial_for_which_there_are_no_descriptors_says_nothing(
 ) -> None:
     """Regression: it counted as an error of the disk, which was bypassed for want of something else."""
     async with running_engine(tmp_path / "cache", LAZY) as engine:
-        trial = engine._cache.trial
+        trial = engine._parts.cache.trial
         tried = 0
 
         def none_left() -> None:
@@ -496,13 +497,13 @@ async def test_a_trial_for_which_there_are_no_descriptors_says_nothing(
             tried += 1
             raise NoDescriptorsError("Too many open files")
 
-        monkeypatch.setattr(engine._cache, "trial", none_left)
-        engine._watch.failed(BROKEN)
+        monkeypatch.setattr(engine._parts.cache, "trial", none_left)
+        engine._parts.watch.failed(BROKEN)
         with trio.fail_after(SECONDS):
             while tried <= QUICK.errors + QUICK.trials:
                 await trio.sleep(0.005)
             assert engine.status().disk == "unstable"  # neither bypassed nor healthy
-            monkeypatch.setattr(engine._cache, "trial", trial)
+            monkeypatch.setattr(engine._parts.cache, "trial", trial)
             while engine.status().disk != "healthy":
                 await trio.sleep(0.005)
 
@@ -513,10 +514,10 @@ async def test_bytes_that_come_after_a_removal_have_nothing_fetched_ahead(tmp_pa
     async with published_origin(DATA) as (_, ref), running_engine(tmp_path / "cache", LAZY) as engine:
         blob = await added(engine, ref)
         await reads(engine, blob, 0, CHUNK)
-        state = engine._catalog.state(blob)
+        state = engine._parts.catalog.state(blob)
         state.readahead = ReadAhead(state.shape, max_window=8 * CHUNK)
         bypass(engine)
         await engine.remove(str(ref))
         for chunk in range(4):
-            engine._reader._observe(state, ByteSpan(chunk * CHUNK, (chunk + 1) * CHUNK), stalled=True)
-        assert not engine._uncached._known
+            engine._parts.reader._observe(state, ByteSpan(chunk * CHUNK, (chunk + 1) * CHUNK), stalled=True)
+        assert not engine._parts.uncached._known

@@ -28,7 +28,7 @@ from weightfs.core.geometry import KIB, BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId, ChunkList, Mirror, Policy
 from weightfs.core.plan import Limits
 from weightfs.core.ref import Ref
-from weightfs.engine import committer, holdings, seal
+from weightfs.engine import committer, dropping, seal
 from weightfs.engine.blobs import BlobState
 from weightfs.engine.engine import Engine, open_engine
 from weightfs.engine.settings import EngineSettings, FillMode
@@ -208,7 +208,7 @@ class Life:
 
 
 def state_of(engine: Engine, name: str) -> BlobState:
-    return engine._catalog.state(Origin(dict(DATA)).blob(name).id)
+    return engine._parts.catalog.state(Origin(dict(DATA)).blob(name).id)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -221,9 +221,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.lives = 0
         self.patches: list[Any] = [
             mock.patch("weightfs.engine.worker.open_source", self.world.open_source),
-            mock.patch("weightfs.engine.engine.open_source", self.world.open_source),
+            mock.patch("weightfs.engine.parts.open_source", self.world.open_source),
             mock.patch.object(Cache, "commit", self.world.commit(Cache.commit)),
-            *(mock.patch.object(module, "RETRY_SECONDS", 0.005) for module in (committer, holdings, seal)),
+            *(mock.patch.object(module, "RETRY_SECONDS", 0.005) for module in (committer, dropping, seal)),
         ]
         for patch in self.patches:
             patch.start()
@@ -323,14 +323,16 @@ class EngineMachine(RuleBasedStateMachine):
             async with trio.open_nursery() as nursery:
                 if reading:
                     nursery.start_soon(self.read, name, 0, 20 * CHUNK)
-                await engine._holdings.evict(state, chunks, lambda: not engine._planner.busy(state.id))
+                await engine._parts.holdings.evict(
+                    state, chunks, lambda: not engine._parts.planner.busy(state.id)
+                )
 
         self.loop.call(evict)
 
     @rule(chunks=st.integers(0, 20))
     def limit(self, chunks: int) -> None:
         async def limit() -> None:
-            self.engine._room._settings = replace(self.life.settings, max_bytes=chunks * CHUNK)
+            self.engine._parts.room._settings = replace(self.life.settings, max_bytes=chunks * CHUNK)
             await self.engine.gc()
 
         self.loop.call(limit)
@@ -338,7 +340,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(name=NAMES, chunks=st.sets(st.integers(0, 11), min_size=1))
     def evict(self, name: str, chunks: set[int]) -> None:
         async def drop() -> None:
-            await self.engine._holdings.drop(state_of(self.engine, name), chunks)
+            await self.engine._parts.holdings.drop(state_of(self.engine, name), chunks)
 
         self.loop.call(drop)
 
@@ -412,7 +414,9 @@ class EngineMachine(RuleBasedStateMachine):
         old = self.life
 
         def copy() -> None:
-            with old.engine._cache._changes:  # between two transactions: a copy is not taken in an instant
+            with (
+                old.engine._parts.cache._changes
+            ):  # between two transactions: a copy is not taken in an instant
                 shutil.copytree(old.root, root)
 
         self.loop.call(lambda: trio.to_thread.run_sync(copy))
@@ -434,11 +438,11 @@ class EngineMachine(RuleBasedStateMachine):
             if self.life.error:
                 raise self.life.error
             engine = self.engine
-            problems = engine._planner.check()
-            for state in engine._catalog.states():
+            problems = engine._parts.planner.check()
+            for state in engine._parts.catalog.states():
                 if state.present_bytes != state.present.byte_count(state.shape):
                     problems.append(f"{state.ref}: wrong present_bytes")
-                if state.may_be_passed and not engine._cache.progress(state.id).use.whole:
+                if state.may_be_passed and not engine._parts.cache.progress(state.id).use.whole:
                     problems.append(f"{state.ref}: may be passed through, and its file could be punched")
                 problems += [
                     f"{state.ref}: {c} durable, not visible" for c in state.durable if c not in state.present
@@ -460,8 +464,8 @@ class EngineMachine(RuleBasedStateMachine):
             shutil.rmtree(self.home)
 
     async def in_the_end_all_is_well(self) -> None:
-        self.engine._room._settings = self.life.settings
-        await self.engine._room._measure()
+        self.engine._parts.room._settings = self.life.settings
+        await self.engine._parts.room._measure()
         for name, data in DATA.items():
             while True:
                 try:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from weightfs.testing.mounts import FakeMount, until
+from weightfs.testing.mounts import FakeMount
+from weightfs.testing.waiting import until
 
 Start = Callable[..., FakeMount]
 

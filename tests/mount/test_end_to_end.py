@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 from weightfs.store.cache import Cache
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.models import ModelShape, layer_names, make_safetensors
 from weightfs.testing.mounts import can_mount
 from weightfs.testing.nginx import Nginx
 from weightfs.testing.origin import Fault, FaultKind, Origin, origin_in_thread
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.mount,

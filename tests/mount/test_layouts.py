@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from weightfs.testing.mounts import FakeMount, can_mount, until
+from weightfs.testing.mounts import FakeMount, can_mount
+from weightfs.testing.waiting import until
 
 pytestmark = pytest.mark.mount
 
@@ -144,7 +145,7 @@ print(json.dumps([len(set(inodes)), inodes[2] == inodes[3], os.stat(at('all')).s
     assert seen == [3, True, 2]
     spans = mounted.call("stats")["spans"][name]
     assert all(0 <= start < stop <= 2_500_000 for start, stop in spans)
-    assert mounted.call("stats")["handles"][name] == 0
+    until(lambda: mounted.call("stats")["handles"][name] == 0, "the handles are released")
 
 
 def test_what_a_slice_says_of_itself_is_only_what_is_known(mounted: FakeMount) -> None:

@@ -15,7 +15,8 @@ from weightfs.mount import mounttable, session
 from weightfs.mount.mounttable import Health, mounts_at, probe, unmount
 from weightfs.mount.session import MountOptions, connect
 from weightfs.testing.fake_engine import pattern
-from weightfs.testing.mounts import FakeMount, can_mount, fusectl, until
+from weightfs.testing.mounts import FakeMount, can_mount, fusectl
+from weightfs.testing.waiting import until
 
 pytestmark = pytest.mark.mount
 

@@ -14,8 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from weightfs.control.address import usable_address
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.nginx import Nginx, free_port
+from weightfs.testing.waiting import until
 
 pytestmark = [pytest.mark.mount, pytest.mark.nginx]
 

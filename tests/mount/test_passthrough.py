@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from weightfs.testing.daemon import Daemon
-from weightfs.testing.daemon import until as until_daemon
 from weightfs.testing.fake_engine import pattern
-from weightfs.testing.mounts import NOBODY, FakeMount, can_mount, until
+from weightfs.testing.mounts import NOBODY, FakeMount, can_mount
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.mount,
@@ -553,7 +553,7 @@ def test_the_real_daemon_passes_sealed_files_through_and_mends_them_under_their_
         seen = json.loads(daemon.finish(user, say="\n"))
         assert set(seen) <= {right.hex(), b"rotten".hex()}
         assert data.read_bytes() == plain.read_bytes()
-        until_daemon(lambda: daemon.run("print(os.stat(path).st_ino & 1)", ref) == "1", "it is sealed again")
+        until(lambda: daemon.run("print(os.stat(path).st_ino & 1)", ref) == "1", "it is sealed again")
         assert daemon.run("print(open(path, 'rb').read() == true(0, 3_500_000))", ref, plain) == "True"
 
 
@@ -567,5 +567,5 @@ def test_after_a_kill_every_chunk_is_hashed_once_before_the_file_is_passed_throu
         daemon.start()
         assert daemon.run("print(os.stat(path).st_ino & 1)", ref) == "0"
         assert daemon.run("print(open(path, 'rb').read() == true(0, 3_500_000))", ref, plain) == "True"
-        until_daemon(lambda: daemon.run("print(os.stat(path).st_ino & 1)", ref) == "1", "nothing is suspect")
+        until(lambda: daemon.run("print(os.stat(path).st_ino & 1)", ref) == "1", "nothing is suspect")
         assert daemon.run("print(open(path, 'rb').read() == true(0, 3_500_000))", ref, plain) == "True"

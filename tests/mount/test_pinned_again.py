@@ -17,10 +17,11 @@ from weightfs.mount.inodes import ROOT, Namespace
 from weightfs.mount.ops import WeightOperations
 from weightfs.mount.stats import MountStats
 from weightfs.mount.trees import Trees
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.fake_engine import FakeEngine
 from weightfs.testing.mounts import can_mount
 from weightfs.testing.nginx import Nginx
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.mount,

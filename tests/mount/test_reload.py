@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.mounts import can_mount
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.mount,

@@ -14,10 +14,11 @@ from weightfs.core.metalink import write_metalink
 from weightfs.mount.mounttable import mounts_at
 from weightfs.sources.publish import describe
 from weightfs.store.cache import Cache
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.mounts import can_mount
 from weightfs.testing.nginx import Nginx
 from weightfs.testing.origin import Fault, FaultKind, origin_in_thread
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.mount,

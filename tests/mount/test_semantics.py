@@ -22,10 +22,11 @@ from weightfs.config import Config
 from weightfs.core.metalink import write_metalink
 from weightfs.engine.settings import EngineSettings
 from weightfs.sources.publish import describe
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.mounts import can_mount
 from weightfs.testing.nginx import Nginx
 from weightfs.testing.origin import Fault, FaultKind, Origin, origin_in_thread
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.mount,

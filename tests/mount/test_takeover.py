@@ -23,6 +23,7 @@ from weightfs.mount.serve import Mounted, serve
 from weightfs.mount.session import MountOptions
 from weightfs.testing.fake_engine import FakeEngine, pattern
 from weightfs.testing.mounts import can_mount
+from weightfs.testing.waiting import eventually
 
 needs_mount = pytest.mark.skipif(not can_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN")
 pytestmark = pytest.mark.mount
@@ -129,12 +130,6 @@ async def said(client: trio.Process) -> bytes:
     return found
 
 
-async def until(condition: Callable[[], object]) -> None:
-    with trio.fail_after(20):
-        while not condition():
-            await trio.sleep(0.01)
-
-
 @needs_mount
 async def test_what_is_open_is_known_to_the_next_one(place: Path, keeper: FakeKeeper) -> None:
     engines = [engine(), engine(), engine()]
@@ -155,11 +150,11 @@ async def test_what_is_open_is_known_to_the_next_one(place: Path, keeper: FakeKe
         async with life(place, keeper, served=engines[1]) as mounted:
             assert mounted.device == device
             assert engines[1].files["a"].handles == 1
-            await until(lambda: engines[1].waiting)
+            await eventually(lambda: engines[1].waiting)
             keeper.leaving = True
         async with life(place, keeper, served=engines[2]):
             assert await said(client) == pattern("a", 0, SIZE)
-            await until(lambda: not engines[2].files["a"].handles)
+            await eventually(lambda: not engines[2].files["a"].handles)
         await clients.aclose()
         nursery.cancel_scope.cancel()
     assert not mounts_at(place)
@@ -189,11 +184,11 @@ async def test_a_file_that_is_passed_through_stays_so(
             assert (mounted.stats.passed_opens, mounted.stats.passed_files) == (1, 1)
             await client.stdin.send_all(b"go on\n")
             assert await said(client) == pattern("a", 0, SIZE)
-            await until(lambda: not mounted.stats.passed_files)
+            await eventually(lambda: not mounted.stats.passed_files)
             assert await content(place) == pattern("a", 0, SIZE), "with a backing id of its own"
             assert mounted.stats.passed_opens == 2
             assert not second.files["a"].reads
-            await until(lambda: not second.files["a"].handles)
+            await eventually(lambda: not second.files["a"].handles)
     assert not mounts_at(place)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from weightfs.testing.mounts import FakeMount, until
+from weightfs.testing.mounts import FakeMount
+from weightfs.testing.waiting import until
 
 pytestmark = pytest.mark.mount
 

@@ -12,6 +12,7 @@ import pytest
 
 from weightfs.mount import mounttable
 from weightfs.testing.mounts import FakeMount, can_mount
+from weightfs.testing.waiting import until
 
 pytestmark = pytest.mark.mount
 
@@ -210,8 +211,7 @@ assert view[:] == pattern('populated', 0, 20_000_000)
 
 def test_one_blob_has_one_inode_and_its_names_are_counted(mounted: FakeMount) -> None:
     assert mounted.run("s = os.stat(at('a.gguf')); print(s.st_nlink, s.st_ino > 1)") == "1 True"
-    handles = mounted.call("stats")["handles"]
-    assert handles["a.gguf"] == 0
+    until(lambda: mounted.call("stats")["handles"]["a.gguf"] == 0, "the handles are released")
 
 
 def test_a_new_tree_is_seen_at_once_and_an_open_file_outlives_its_name(mounted: FakeMount) -> None:

@@ -25,7 +25,7 @@ from weightfs.control.address import socket_path
 from weightfs.control.openapi import describe
 from weightfs.core.metalink import write_metalink
 from weightfs.sources.publish import describe as list_of
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.mounts import can_mount
 from weightfs.testing.origin import Fault, FaultKind, Origin, OriginFile, origin_in_thread
 

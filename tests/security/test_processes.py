@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from weightfs.errors import DaemonError
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.mounts import NOBODY, can_mount
 from weightfs.testing.origin import origin_in_thread
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.mount,

@@ -34,8 +34,9 @@ from weightfs.mount.mounttable import mounts_at
 from weightfs.sources.publish import describe
 from weightfs.store.cache import Cache
 from weightfs.testing import disks
-from weightfs.testing.daemon import Daemon, until
+from weightfs.testing.daemon import Daemon
 from weightfs.testing.nginx import Nginx
+from weightfs.testing.waiting import until
 
 MIB = 1 << 20
 SMALLEST, LARGEST = MIB // 2, 8 * MIB  # bytes of a model

@@ -21,12 +21,11 @@ from weightfs.core.manifest import Manifest, Policy
 from weightfs.core.ref import Ref, parse_ref
 from weightfs.errors import FailureKind, IntegrityError, SourceError
 from weightfs.sources import oci
-from weightfs.sources._client import HttpClient
-from weightfs.sources.base import FetchSettings, Source
+from weightfs.sources.base import Source
 from weightfs.sources.oci import OciSource
 from weightfs.testing.origin import open_origin
 from weightfs.testing.registry import DockerRegistry, Layer, push_index, push_oci
-from weightfs.testing.sources import SourceTests, read_entry
+from weightfs.testing.sources import SourceTests, opened, read_entry
 
 GGUF = b"GGUF" + random.Random(6).randbytes(2 * MIB)
 DOCKER = "application/vnd.docker.ai."
@@ -42,14 +41,8 @@ def registry() -> Iterator[DockerRegistry]:
         yield running
 
 
-@asynccontextmanager
-async def opened(**settings: Any) -> AsyncIterator[OciSource]:
-    async with OciSource(HttpClient(FetchSettings(**{"retry": 0, **settings}))) as source:
-        yield source
-
-
 async def resolve(registry: DockerRegistry, name: str, **settings: Any) -> Manifest:
-    async with opened(**settings) as source:
+    async with opened(OciSource, **settings) as source:
         return await source.resolve(parse_ref(f"oci://{registry.host}/{name}"))
 
 
@@ -76,7 +69,7 @@ class TestConformance(SourceTests):
     async def serving(self, data: bytes, tmp_path: Path) -> AsyncIterator[tuple[Source, Ref]]:
         with DockerRegistry() as registry:
             push_oci(registry, "ai/m:latest", [Layer(data, DOCKER + "gguf.v3")])
-            async with opened() as source:
+            async with opened(OciSource) as source:
                 yield source, parse_ref(f"oci://{registry.host}/ai/m")
 
 
@@ -87,7 +80,7 @@ async def test_modelpack(registry: DockerRegistry) -> None:
         Layer(b"doc", "application/vnd.cnai.model.doc.v1.raw", {"org.cnai.model.filepath": "README.md"}),
     ]
     digest = push_oci(registry, "ns/pack:v1", layers)
-    async with opened() as source:
+    async with opened(OciSource) as source:
         found = await source.resolve(parse_ref(f"oci://{registry.host}/ns/pack:v1"))
         assert (found.revision, found.tree) == (digest, f"oci/{registry.host}/ns/pack/v1")
         assert digest == f"sha256:{hashlib.sha256(found.raw).hexdigest()}"
@@ -120,7 +113,7 @@ async def test_files_in_a_plain_tar_are_read_by_their_place(
 ) -> None:
     raw = tar({"./w/m.gguf": GGUF, "config.json": b"{}", "empty": b""}, links=True)
     push_oci(registry, "ns/tar:1", [Layer(raw, CNCF + "weight.v1.tar"), Layer.titled("notes", b"n")])
-    async with opened() as source:
+    async with opened(OciSource) as source:
         with caplog.at_level(logging.WARNING):
             found = await source.resolve(parse_ref(f"oci://{registry.host}/ns/tar:1"))
         assert "1 links or sparse files" in caplog.text
@@ -259,6 +252,6 @@ async def test_bytes_that_are_not_those_of_the_digest_are_refused() -> None:
     path = f"/v2/ns/m/manifests/{asked}"
     config = {"mediaType": "application/vnd.oci.empty.v1+json", "digest": asked, "size": 2}
     document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": []}
-    async with open_origin({path: json.dumps(document).encode()}) as origin, opened() as source:
+    async with open_origin({path: json.dumps(document).encode()}) as origin, opened(OciSource) as source:
         with pytest.raises(IntegrityError, match="another digest than was asked for"):
             await source.resolve(parse_ref(f"oci://127.0.0.1:{origin.port}/ns/m@{asked}"))

@@ -21,7 +21,6 @@ from weightfs.core.mirror_rules import PrefixRule
 from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import ChunkListError, FailureKind, IntegrityError, SourceError
-from weightfs.sources._client import HttpClient
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.sources.ollama import OllamaSource, read_chunksums
 from weightfs.testing.engines import running_engine
@@ -34,7 +33,7 @@ from weightfs.testing.registry import (
     push_ollama,
     write_docker_config,
 )
-from weightfs.testing.sources import SourceTests, read_entry
+from weightfs.testing.sources import SourceTests, opened, read_entry
 
 GGUF = b"GGUF" + random.Random(5).randbytes(3 * MIB)
 PARTS = {"model": GGUF, "template": b"{{ .Prompt }}", "params": b'{"stop":["x"]}', "license": b"free"}
@@ -52,14 +51,8 @@ def registry() -> Iterator[DockerRegistry]:
         yield running
 
 
-@asynccontextmanager
-async def opened(**settings: Any) -> AsyncIterator[OllamaSource]:
-    async with OllamaSource(HttpClient(FetchSettings(**{"retry": 0, **settings}))) as source:
-        yield source
-
-
 async def resolve(text: str, **settings: Any) -> Manifest:
-    async with opened(**settings) as source:
+    async with opened(OllamaSource, **settings) as source:
         return await source.resolve(parse_ref(text))
 
 
@@ -103,7 +96,7 @@ class TestConformance(SourceTests):
     async def serving(self, data: bytes, tmp_path: Path) -> AsyncIterator[tuple[Source, Ref]]:
         with DockerRegistry() as registry:
             push_ollama(registry, "library/m:latest", [Layer(data, OLLAMA + "model")])
-            async with opened() as source:
+            async with opened(OllamaSource) as source:
                 yield OnlyModel(source), parse_ref(f"ollama://{registry.host}/library/m")
 
 
@@ -124,7 +117,7 @@ async def test_a_model_is_its_layers_and_its_id_is_the_digest_of_the_manifest(
     registry: DockerRegistry,
 ) -> None:
     digest = push_ollama(registry, "ns/tiny:8b", PARTS)
-    async with opened() as source:
+    async with opened(OllamaSource) as source:
         found = await source.resolve(parse_ref(f"ollama://{registry.host}/ns/tiny:8b"))
         assert found.ref == f"ollama://{registry.host}/ns/tiny:8b"
         assert found.tree == f"ollama/{registry.host}/ns/tiny/8b"

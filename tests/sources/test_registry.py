@@ -9,7 +9,6 @@ import ipaddress
 import json
 import logging
 import random
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -49,9 +48,10 @@ from weightfs.testing.registry import (
     push_ollama,
     write_docker_config,
 )
-from weightfs.testing.sources import Elsewhere, read_entry
+from weightfs.testing.sources import Elsewhere, opened, read_entry
 from weightfs.testing.tls import make_tls
 from weightfs.testing.token_server import reply, serve, stop_server
+from weightfs.testing.waiting import until
 
 GGUF = b"GGUF" + random.Random(5).randbytes(3 * MIB)
 PARTS = {"model": GGUF, "template": b"{{ .Prompt }}"}
@@ -73,23 +73,9 @@ def guarded() -> Iterator[DockerRegistry]:
         yield registry
 
 
-@asynccontextmanager
-async def opened(**settings: Any) -> AsyncIterator[OllamaSource]:
-    async with OllamaSource(HttpClient(FetchSettings(**{"retry": 0, **settings}))) as source:
-        yield source
-
-
 async def resolve(registry: DockerRegistry, **settings: Any) -> Manifest:
-    async with opened(**settings) as source:
+    async with opened(OllamaSource, **settings) as source:
         return await source.resolve(parse_ref(f"ollama://{registry.host}/{NAME}"))
-
-
-def poll(condition: Any) -> None:
-    """Until a real process has come so far."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def status_of(url: str, headers: dict[str, str] | None = None) -> int:
@@ -108,7 +94,7 @@ def status_of(url: str, headers: dict[str, str] | None = None) -> int:
 
 
 async def test_public_models_need_a_token_but_no_credentials(guarded: DockerRegistry) -> None:
-    async with opened() as source:
+    async with opened(OllamaSource) as source:
         found = await source.resolve(parse_ref(f"ollama://{guarded.host}/{NAME}"))
         assert await read_entry(source, found.entries[0]) == GGUF
     assert guarded.tokens.seen == [("", ("repository:library/x:pull",))]
@@ -159,12 +145,12 @@ async def test_a_token_that_ends_amid_a_download_costs_no_retry(guarded: DockerR
     # docker-registry takes a token for a minute after its end: this one for two seconds from now.
     tokens = guarded.tokens
     tokens.lifetime, tokens.said_lifetime = -58, 3600
-    async with opened() as source:
+    async with opened(OllamaSource) as source:
         found = await source.resolve(parse_ref(f"ollama://{guarded.host}/{NAME}"))
         model = found.entries[0]
         assert await read_entry(source, model, 0, 10) == GGUF[:10]
         old = {"Authorization": f"Bearer {tokens.issue(['repository:library/x:pull'])}"}
-        await trio.to_thread.run_sync(poll, lambda: status_of(model.blob.mirrors[0].url, old) == 401)
+        await trio.to_thread.run_sync(until, lambda: status_of(model.blob.mirrors[0].url, old) == 401)
         tokens.lifetime = 300
         asked = len(tokens.seen)
         got: dict[int, bytes] = {}
@@ -183,7 +169,7 @@ async def test_basic(tmp_path: Path) -> None:
     with DockerRegistry(auth=Auth.BASIC) as registry:
         push_ollama(registry, NAME, PARTS)
         config = write_docker_config(tmp_path / "config.json", registry.host, BASIC_USER, BASIC_PASSWORD)
-        async with opened(docker_config=str(config)) as source:
+        async with opened(OllamaSource, docker_config=str(config)) as source:
             found = await source.resolve(parse_ref(f"ollama://{registry.host}/{NAME}"))
             assert await read_entry(source, found.entries[0]) == GGUF
         assert len([line for line in registry.requests() if line.endswith(" 401")]) == 1
@@ -200,14 +186,14 @@ async def test_basic(tmp_path: Path) -> None:
 
 async def test_signed_urls_that_end_are_renewed_once_for_all(guarded: DockerRegistry) -> None:
     with BlobFront(guarded) as front:
-        async with opened() as source:
+        async with opened(OllamaSource) as source:
             found = await source.resolve(parse_ref(f"ollama://{front.host}/{NAME}"))
             model = found.entries[0]
             front.lifetime = 1
             url = front.signed_url(model.blob.digest)
             assert await read_entry(source, model, 0, 10) == GGUF[:10]
             assert front.signed == 1
-            await trio.to_thread.run_sync(poll, lambda: status_of(url) == 410)
+            await trio.to_thread.run_sync(until, lambda: status_of(url) == 410)
             front.lifetime = 3600
             got: dict[int, bytes] = {}
 
@@ -239,7 +225,9 @@ async def test_a_pull_by_workers_outlives_its_signed_urls(guarded: DockerRegistr
 async def test_tls_with_a_private_ca() -> None:
     with DockerRegistry(tls=True) as registry:
         push_ollama(registry, NAME, PARTS)
-        async with opened(endpoints=registry.endpoints, ca_file=str(registry.ca_file)) as source:
+        async with opened(
+            OllamaSource, endpoints=registry.endpoints, ca_file=str(registry.ca_file)
+        ) as source:
             found = await source.resolve(parse_ref(f"ollama://{registry.host}/{NAME}"))
             assert found.entries[0].blob.mirrors[0].url.startswith("https://")
             assert await read_entry(source, found.entries[0]) == GGUF
@@ -608,7 +596,7 @@ async def test_who_asks_for_the_others_may_be_cancelled() -> None:
 async def test_what_error_documents_mean(status: int, body: bytes, kind: str, words: str) -> None:
     server = serve(lambda request: reply(request, status, body))
     try:
-        async with opened() as source:
+        async with opened(OllamaSource) as source:
             with pytest.raises(SourceError, match=words) as caught:
                 await source.resolve(parse_ref(f"ollama://127.0.0.1:{server.server_port}/{NAME}"))
         assert (caught.value.kind, caught.value.status) == (FailureKind(kind), status)

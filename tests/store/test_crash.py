@@ -17,9 +17,10 @@ import pytest
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import BlobId
 from weightfs.errors import CacheError, DiskFault
-from weightfs.store import ledger, sparse
-from weightfs.store.cache import SYNCS_AT_ONCE, Cache, ChunkState, Landing
+from weightfs.store import disk, ledger, sparse
+from weightfs.store.cache import Cache, ChunkState, Landing
 from weightfs.store.index import Index, Txn
+from weightfs.store.landing import SYNCS_AT_ONCE
 from weightfs.store.sparse import SparseFiles
 from weightfs.testing.caches import Sample
 
@@ -215,7 +216,7 @@ def test_names_are_on_the_disk_before_records_and_once_for_many(
     for number, sample in enumerate(samples):
         cache.put_ref(sample.manifest(ref=f"https://host/{number}"), now=1)
     steps: list[str] = []
-    sync, write = sparse.sync_directory, Index.write
+    sync, write = disk.sync_directory, Index.write
 
     def watched_sync(path: Path) -> None:
         sync(path)

@@ -64,4 +64,5 @@ def test_no_signal_ends_who_uses_an_index_on_a_full_disk(tmp_path: Path, filesys
             check=False,
             timeout=60,
         )
+    image.unlink()
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-2000:]

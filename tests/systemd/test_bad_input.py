@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from weightfs.testing.daemon import until
 from weightfs.testing.machine import Machine, why_not
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.systemd,

@@ -9,16 +9,15 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from weightfs.testing.daemon import until
-from weightfs.testing.machine import NOBODY, Machine, why_not
+from weightfs.testing.machine import NOBODY, Machine, Riders, why_not
 from weightfs.testing.nginx import Nginx
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.systemd,
@@ -286,33 +285,11 @@ def is_another(machine: Machine, pid: str) -> bool:
     )
 
 
-def has_ended(machine: Machine, unit: str) -> bool:
-    return machine.show(unit, "ActiveState") in ("inactive", "failed")
-
-
 def test_what_is_open_goes_on_through_kills_and_restarts(
     machine: Machine, read: Callable[[], None], model: str
 ) -> None:
     read()
-    machine.path("/var/tmp/m.gguf").write_bytes(MODEL)
-    machine.write("/var/tmp/rider.py", RIDER.read_text())
-    progress = {mode: machine.path(f"/var/tmp/{mode}") for mode in ("stream", "map", "open")}
-    for mode, file in progress.items():
-        file.write_text("0")
-        file.chmod(0o666)
-        command = f"{sys.executable} -I -S /var/tmp/rider.py {mode} {model} /var/tmp/m.gguf /var/tmp/{mode}"
-        machine.write(f"/run/systemd/system/{mode}.service", f"[Service]\nUser=nobody\nExecStart={command}\n")
-    machine.run("systemctl", "daemon-reload")
-    machine.run("systemctl", "start", *(f"{mode}.service" for mode in progress))
-
-    def go_on() -> None:
-        before = {mode: int(file.read_text()) for mode, file in progress.items()}
-        until(
-            lambda: all(int(file.read_text()) > before[mode] for mode, file in progress.items()),
-            f"every client goes on\n{before}",
-        )
-
-    go_on()
+    riders = Riders(machine, RIDER, model, MODEL)
     device = machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/models")
     ollama = machine.show("ollama.service", "MainPID")
     for how in (("kill", "-s", "KILL", SERVICE), ("kill", "-s", "USR1", SERVICE), ("restart", SERVICE)):
@@ -322,11 +299,8 @@ def test_what_is_open_goes_on_through_kills_and_restarts(
         assert machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/models") == device, "it is the same mount"
         assert machine.show(SERVICE, "NFileDescriptorStore") == "2"
         assert machine.show("ollama.service", "MainPID") == ollama, "nor is Ollama restarted"
-        go_on()
-    for mode, file in progress.items():
-        file.unlink()
-        until(partial(has_ended, machine, f"{mode}.service"), mode)
-        assert machine.show(f"{mode}.service", "Result") == "success", machine.journal()
+        riders.go_on()
+    riders.end()
     assert machine.journal("-u", SERVICE).count("The mount at /mnt/models goes on") >= 3
     read()
 

@@ -15,15 +15,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 import weightfs
-from weightfs.testing.daemon import until
-from weightfs.testing.machine import NOBODY, Machine, why_not
+from weightfs.testing.machine import NOBODY, Machine, Riders, why_not
 from weightfs.testing.nginx import Nginx
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.systemd,
@@ -37,7 +36,6 @@ CACHE = "/var/cache/weightfs"
 WEIGHTFS = "/opt/weightfs/bin/weightfs"
 PACKAGES = "/opt/weightfs/lib/weightfs/packages"
 RIDER = Path(__file__).parents[1] / "faults" / "rider.py"
-MODES = ("stream", "map", "open")
 MODEL = os.urandom(3 << 20) + b"the end"
 # The file would be read without us: then nobody would notice whether we are there.
 SETTINGS = 'passthrough = false\nrefs = ["{}"]\n'
@@ -117,50 +115,18 @@ def path(machine: Machine, origin: Nginx) -> str:
     return place
 
 
-def ride(machine: Machine, path: str) -> dict[str, Path]:
-    """Start clients that go on until their file of progress is gone; those files."""
-    machine.path("/var/tmp/m.gguf").write_bytes(MODEL)
-    machine.write("/var/tmp/rider.py", RIDER.read_text())
-    progress = {mode: machine.path(f"/var/tmp/{mode}") for mode in MODES}
-    for mode, file in progress.items():
-        file.write_text("0")
-        file.chmod(0o666)
-        command = f"{sys.executable} -I -S /var/tmp/rider.py {mode} {path} /var/tmp/m.gguf /var/tmp/{mode}"
-        machine.write(f"/run/systemd/system/{mode}.service", f"[Service]\nUser=nobody\nExecStart={command}\n")
-    machine.run("systemctl", "daemon-reload")
-    machine.run("systemctl", "start", *(f"{mode}.service" for mode in MODES))
-    go_on(progress)
-    return progress
-
-
-def go_on(progress: dict[str, Path]) -> None:
-    before = {mode: int(file.read_text()) for mode, file in progress.items()}
-    until(
-        lambda: all(int(file.read_text()) > before[mode] for mode, file in progress.items()),
-        f"every client goes on\n{before}",
-    )
-
-
-def has_ended(machine: Machine, unit: str) -> bool:
-    return machine.show(unit, "ActiveState") in ("inactive", "failed")
-
-
 def test_what_is_open_goes_on_with_the_next_version(machine: Machine, path: str) -> None:
     """The old one runs on without its files until it is restarted."""
-    progress = ride(machine, path)
+    riders = Riders(machine, RIDER, path, MODEL)
     device = machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/models")
     install(machine, "1.1.0")
-    go_on(progress)
+    riders.go_on()
     assert served_by(machine) == "1.0.0"
     machine.run("systemctl", "restart", SERVICE)
     assert served_by(machine) == "1.1.0"
     assert machine.run("findmnt", "-no", "MAJ:MIN", "/mnt/models") == device, "it is the same mount"
-    go_on(progress)
-    for file in progress.values():
-        file.unlink()
-    for mode in progress:
-        until(partial(has_ended, machine, f"{mode}.service"), mode)
-        assert machine.show(f"{mode}.service", "Result") == "success", machine.journal()
+    riders.go_on()
+    riders.end()
     assert machine.journal("-u", SERVICE).count("The mount at /mnt/models goes on") == 1
 
 

@@ -21,7 +21,6 @@ from weightfs.cli.options import (
     json_option,
     load_config,
     parse_refs,
-    refuse_for_daemon,
 )
 
 if TYPE_CHECKING:
@@ -119,9 +118,6 @@ def add(
     check_chunks(ctx.params["chunks"], len(parsed))
 
     async def work(operations: Operations, is_daemon: bool) -> Outcome:
-        if is_daemon:
-            refuse_for_daemon(ctx)
-
         async def one(name: str) -> Document:
             document = await operations.add(name)
             if pinned:
@@ -174,8 +170,6 @@ def update(ctx: click.Context, /, refs: tuple[str, ...], as_json: bool, **_: obj
     check_chunks(ctx.params["chunks"], len(parsed))
 
     async def work(operations: Operations, is_daemon: bool) -> Outcome:
-        if is_daemon:
-            refuse_for_daemon(ctx)
         names = [str(ref) for ref in parsed]
         if not names:
             names = [ref["ref"] for ref in await operations.refs() if moves(ref["ref"])]

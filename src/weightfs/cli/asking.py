@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from weightfs.cli.group import Stopped
+from weightfs.cli.options import refuse_for_daemon
 
 if TYPE_CHECKING:
     from weightfs.config import Config
@@ -28,10 +29,10 @@ def ask(
     creates: bool = False,
     stopped: str = "stopped",
 ) -> T:
-    """The result of `work(operations, is_daemon)`.
+    """The result of `work(operations, is_daemon)`. UsageError if an option was given that the daemon would ignore.
 
     Args:
-        ctx: The command's context: its `--chunks` counts.
+        ctx: The command's context: what was typed.
         config: Its settings.
         role: What a second command is told is going on.
         work: Called once.
@@ -58,6 +59,8 @@ def ask(
         async with find_operations(
             config.cache, role, settings, create=creates, serve_control=fetches or answers
         ) as (operations, is_daemon):
+            if is_daemon:
+                refuse_for_daemon(ctx)
             results.append(await work(operations, is_daemon))
 
     signum = trio.run(run_until_signal, run)

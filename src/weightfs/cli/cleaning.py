@@ -9,7 +9,7 @@ import click
 
 from weightfs.cli.asking import ask
 from weightfs.cli.group import examples
-from weightfs.cli.options import cache_options, json_option, limit_options, load_config, refuse_for_daemon
+from weightfs.cli.options import cache_options, json_option, limit_options, load_config
 
 if TYPE_CHECKING:
     from weightfs.control.ports import Document, Operations
@@ -36,9 +36,7 @@ def gc(ctx: click.Context, /, dry_run: bool, as_json: bool, **_: object) -> int:
     """
     config = load_config(ctx)
 
-    async def work(operations: Operations, is_daemon: bool) -> Document:
-        if is_daemon:
-            refuse_for_daemon(ctx)
+    async def work(operations: Operations, _: bool) -> Document:
         return await operations.gc(dry_run=dry_run)
 
     report = ask(ctx, config, "gc", work)

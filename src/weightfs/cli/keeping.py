@@ -16,7 +16,6 @@ from weightfs.cli.options import (
     json_option,
     load_config,
     parse_refs,
-    refuse_for_daemon,
 )
 from weightfs.errors import DaemonError, IntegrityError
 
@@ -52,9 +51,7 @@ def verify(ctx: click.Context, /, refs: tuple[str, ...], repair: bool, as_json: 
 
     with make_progress(quiet=as_json) as progress:
 
-        async def work(operations: Operations, is_daemon: bool) -> Document:
-            if is_daemon:
-                refuse_for_daemon(ctx)
+        async def work(operations: Operations, _: bool) -> Document:
             return await _verify(operations, parsed, progress, repair=repair)
 
         result = ask(

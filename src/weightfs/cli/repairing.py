@@ -16,7 +16,6 @@ from weightfs.cli.options import (
     json_option,
     load_config,
     parse_refs,
-    refuse_for_daemon,
 )
 from weightfs.errors import IntegrityError
 
@@ -49,9 +48,7 @@ def repair(ctx: click.Context, /, refs: tuple[str, ...], as_json: bool, **_: obj
 
     with make_progress(quiet=as_json) as progress:
 
-        async def work(operations: Operations, is_daemon: bool) -> Document:
-            if is_daemon:
-                refuse_for_daemon(ctx)
+        async def work(operations: Operations, _: bool) -> Document:
             job = await operations.start_repair([str(ref) for ref in parsed])
             return await follow(operations, job, progress, "repair")
 

@@ -1,4 +1,8 @@
-"""One cause for what a nursery raises: its tasks here all serve one purpose, and callers catch our own errors."""
+"""What an error is taken for.
+
+Of what a nursery raises, one cause: its tasks here all serve one purpose, and callers catch our own errors. Of an error
+of the cache, the kind of failure that the planner and the readers know.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from weightfs.errors import leaves
+from weightfs.core.plan import Failure
+from weightfs.errors import FailureKind, IntegrityError, NoSpaceError, WeightfsError, leaves
 
 
 @asynccontextmanager
@@ -26,3 +31,19 @@ async def one_cause(*expected: type[Exception]) -> AsyncIterator[None]:
             cause = next(error for kind in expected for error in causes if isinstance(error, kind))
             raise cause from cause.__cause__
         raise
+
+
+def failure_of(error: WeightfsError) -> Failure:
+    """What the planner and the readers are told of an error of the cache."""
+    return Failure(kind_of(error), str(error))
+
+
+def kind_of(error: WeightfsError) -> FailureKind:
+    """The kind of an error of the cache."""
+    match error:
+        case NoSpaceError():
+            return FailureKind.NO_SPACE
+        case IntegrityError():
+            return FailureKind.MISMATCH
+        case _:
+            return FailureKind.DISK

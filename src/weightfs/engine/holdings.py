@@ -1,16 +1,15 @@
-"""The life of a chunk after it landed: visible, durable, suspect, dropped. One place owns every transition.
+"""The life of a chunk after it landed: visible, durable, suspect, dropped. One place decides on every transition.
 
-Rules: what is taken from readers leaves memory before it leaves the index, and the index before the file; nobody may
-write a dropped chunk before it has left all three. `BlobState.generation` counts drops: whoever read bytes across one
-must not use them.
+Rules: a landed chunk is visible at once, and durable when file and index have it. What a failed commit leaves
+unrecorded is dropped, and so is all that a lost file had. `BlobState.life` counts the files of a blob: what was begun
+in one has not landed in the next. `dropping` has the order in which chunks go.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import trio
 
@@ -18,18 +17,16 @@ from weightfs.core import plan
 from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import Blob, BlobId, Trust
-from weightfs.core.plan import Failure
 from weightfs.core.planner import Planner
 from weightfs.engine.blobs import BlobState
+from weightfs.engine.causes import failure_of, kind_of
 from weightfs.engine.committer import Batch, Committer
+from weightfs.engine.dropping import Dropper, Owed, Way
 from weightfs.engine.fetcher import Fetcher
-from weightfs.engine.running import SAVABLE, RunningSha256
 from weightfs.errors import (
     CacheError,
     FailureKind,
-    IntegrityError,
     LostFileError,
-    NoSpaceError,
     WeightfsError,
 )
 from weightfs.logs import about
@@ -37,11 +34,8 @@ from weightfs.store.cache import Cache, ChunkState, Landing, RunState
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 5.0
-_NO_FILE = (
-    0,
-    0,
-)  # the identity of no file: whatever begins to fetch into it finds none, and is planned again
+# The identity of no file: whatever begins to fetch into it finds none, and is planned again.
+_NO_FILE = (0, 0)
 
 
 class Holdings:
@@ -65,6 +59,7 @@ class Holdings:
         self._look_up = look_up
         self._tell_durable = durable
         self._fetcher: Fetcher
+        self._dropper: Dropper
         self._committer: Committer
         self._relieve: Callable[[BlobState, int], Awaitable[bool]]
         self.disk_failed: Callable[[Exception], None]
@@ -82,6 +77,9 @@ class Holdings:
         self._committer = committer
         self._relieve = relieve
         self.disk_failed = disk_failed
+        self._dropper = Dropper(
+            self._cache, self._planner, fetcher, committer, self.pinned, disk_failed, self._nursery
+        )
 
     def pinned(self, state: BlobState) -> bool:
         """Whether the blob is still there, and this is its state: it may have been removed, and added again."""
@@ -119,9 +117,9 @@ class Holdings:
             )
             await self._forget_file(state)
             file, required = await trio.to_thread.run_sync(self._make_file, state)
-            self._new_life(state)
+            self._dropper.new_life(state)
         if state.file == _NO_FILE:
-            self._new_life(state)  # what has begun meanwhile found no file
+            self._dropper.new_life(state)  # what has begun meanwhile found no file
         state.file = file
         if state.blob.chunk_list is None:
             state.required = required
@@ -143,18 +141,13 @@ class Holdings:
             await self.prepare(state)
         return state.life != life
 
-    def _new_life(self, state: BlobState) -> None:
-        """What is being written now has not landed: told when the file is lost, and again when there is a new one."""
-        state.life += 1
-        self._fetcher.abandon(state)
-
     async def _forget_file(self, state: BlobState) -> None:
         """The file is gone, cut, or another one: nothing in it counts."""
-        self._new_life(state)
+        self._dropper.new_life(state)
         gone = list(state.present)
         self.disk_faults += len(gone)
         state.faults.lost(len(gone))
-        await self._drop(_Owed(state, gone, _Way.LOST))
+        await self._dropper.drop(Owed(state, gone, Way.LOST))
 
     async def fill(self, state: BlobState) -> None:
         """Put the blob in line for background fill. CacheError if its file cannot be made."""
@@ -208,7 +201,7 @@ class Holdings:
         """
         gone = [chunk for chunk in dict.fromkeys(chunks) if chunk in state.present]
         if gone and self.pinned(state):
-            await self._drop(_Owed(state, gone))
+            await self._dropper.drop(Owed(state, gone))
 
     async def settle(self) -> None:
         """Commit what has landed: who is whole, and what is proven, is then known before something is evicted."""
@@ -230,13 +223,13 @@ class Holdings:
                 state.filling = False
                 self._fetcher.feed(plan.Fill(state.id, on=False))
             if chunks is not None:
-                owed = _Owed(state, [chunk for chunk in chunks if chunk in state.durable], _Way.PART)
-                await self._drop(owed)
+                owed = Owed(state, [chunk for chunk in chunks if chunk in state.durable], Way.PART)
+                await self._dropper.drop(owed)
                 return owed.room, owed.freed
-            owed, file = _Owed(state, list(state.present), _Way.WHOLE), state.file
+            owed, file = Owed(state, list(state.present), Way.WHOLE), state.file
             state.prepared, state.file = False, _NO_FILE
-            self._new_life(state)
-            await self._drop(owed)
+            self._dropper.new_life(state)
+            await self._dropper.drop(owed)
             if state.file == _NO_FILE:
                 state.file = file  # the index could not be written, and the file stays
             return owed.room, owed.freed
@@ -266,114 +259,15 @@ class Holdings:
             state.trust = Trust.ATTESTED
         self._committer.judged(state.id, state.trust)  # instead of what was queued before
         if wrong and min(wrong) < state.frontier:
-            state.run = self.restart_hash(state)
+            state.run = self._dropper.restart_hash(state)
         self._fetcher.abandon(state)  # what is on its way is not compared with the list: planned anew
         if wrong:
-            await self._drop(_Owed(state, wrong))
+            await self._dropper.drop(Owed(state, wrong))
         state.notify()
-
-    async def _drop(self, owed: _Owed) -> None:
-        state, gone = owed.state, owed.chunks
-        state.generation += 1
-        self._fetcher.feed(plan.Dropped(state.id, gone))
-        for chunk in gone:
-            state.durable.discard(chunk)
-            state.suspect.discard(chunk)
-            state.present_bytes -= len(state.shape.span_of(chunk))
-        if gone:  # before anything is awaited: the sealer must not go on from what it took of these chunks
-            self._distrust(state, min(gone))
-        with trio.CancelScope(shield=True):  # half a drop would leave chunks that nobody may fetch
-            unsettled = await self._committer.forget(state.id, set(gone))
-            self._fetcher.feed(plan.Undone(state.id, unsettled))
-            if not await self._punch(owed) and not self._nursery.cancel_scope.cancel_called:
-                if (
-                    owed.way is _Way.WHOLE
-                ):  # by then others may have landed in the file: it cannot go any more
-                    owed = _Owed(state, gone)
-                self._nursery.start_soon(self._punch_later, owed)
-
-    async def _punch(self, owed: _Owed) -> bool:
-        """Take dropped chunks out of index and file, and let them be fetched. False if the index cannot be written."""
-        state = owed.state
-        try:
-            required, freed, file = await trio.to_thread.run_sync(self._punch_in_thread, owed)
-        except CacheError as error:
-            if self.pinned(state):
-                self.disk_failed(error)
-                log.error(
-                    "cannot drop %d chunks of %s: %s", len(owed.chunks), state.ref, error,
-                    extra=about(ref=state.ref, blob=state.id),
-                )  # fmt: skip
-                self._fetcher.feed(plan.Undone(state.id, 0, failure_of(error)))
-                return False
-            return True
-        if self.pinned(state):
-            state.required |= required
-            self._punched(owed, freed, file)
-            if state.filling:
-                self._fetcher.feed(plan.Fill(state.id, on=True))
-        return True
-
-    def _punched(self, owed: _Owed, freed: int | None, file: tuple[int, int] | None) -> None:
-        state, chunks = owed.state, owed.chunks
-        owed.freed = freed or 0
-        if owed.way is _Way.WHOLE:
-            state.whole, state.file, state.prepared = False, file, True
-            self._new_life(state)
-            chunks = list(state.shape.chunks)  # what was dropped before, and kept its room, is gone too
-        elif owed.way is _Way.PART:
-            state.whole = state.whole or freed is None
-        before = self._planner.holding(state.id)
-        self._fetcher.feed(plan.Punched(state.id, chunks, freed=freed is not None))
-        owed.room = before - self._planner.holding(state.id)
-
-    async def _punch_later(self, owed: _Owed) -> None:
-        """Until it is done, the chunks are holes that nobody fills: index and file still have them."""
-        while self.pinned(owed.state):
-            await trio.sleep(RETRY_SECONDS)
-            if await self._punch(owed):
-                return
-
-    def _punch_in_thread(self, owed: _Owed) -> tuple[dict[int, bytes], int | None, tuple[int, int] | None]:
-        """What must land there from now on, the bytes that were freed (None: their room is kept), the file."""
-        shape, blob, freed = owed.state.shape, owed.state.id, None
-        match owed.way:
-            case _Way.WHOLE:
-                freed = self._cache.evict(blob)
-                self._cache.prepare(blob)
-            case _Way.PART:
-                freed = self._cache.evict(blob, owed.chunks)
-            case _Way.LOST:
-                self._cache.drop(blob, shape.chunks, punch=False)
-            case _Way.KEEP:
-                # Bytes stay until better ones are written over them: a file that was complete once may be mapped by
-                # somebody through the kernel (also by one who outlived a killed daemon), who must see no holes.
-                self._cache.drop(blob, ChunkSet(shape.chunk_count, owed.chunks), punch=False)
-                if len(owed.chunks) == shape.chunk_count:
-                    # With its last chunk the store forgot the file, which is in use all the same.
-                    self._cache.prepare(blob)
-        required: dict[int, bytes] = {}
-        if owed.state.blob.chunk_list is None:
-            for run in ChunkSet(shape.chunk_count, owed.chunks).runs():
-                required |= self._cache.required_digests(blob, run)
-        return required, freed, self._cache.file_identity(blob)
-
-    def _distrust(self, state: BlobState, first: int) -> None:
-        trusted = state.blob.chunk_list is not None and state.blob.chunk_list.trusted
-        if trusted or first >= state.frontier or state.trust is Trust.QUARANTINED:
-            return
-        state.trust = state.blob.initial_trust
-        self._committer.judged(state.id, state.trust)
-        state.run = self.restart_hash(state)
 
     def restart_hash(self, state: BlobState) -> RunState | None:
         """The running SHA-256 at the beginning; queued for the index."""
-        state.resumed = 0
-        savable = SAVABLE and state.blob.git_sha1 is None
-        run = RunState(0, RunningSha256(None, 0).state()) if savable else None
-        if run:
-            self._committer.progressed(state.id, run)
-        return run
+        return self._dropper.restart_hash(state)
 
     async def lost(self, batch: Batch, error: WeightfsError) -> None:
         """A commit failed: what the index does not have is no longer believed to be on disk (fsync tells only once)."""
@@ -412,7 +306,7 @@ class Holdings:
             return
         async with state.preparing:
             state.prepared, state.file = False, _NO_FILE  # until it was renewed
-            self._new_life(state)
+            self._dropper.new_life(state)
             undurable = [chunk for chunk in state.present if chunk not in state.durable]
             await self.drop(state, [*chunks, *undurable])
         try:
@@ -432,39 +326,3 @@ class Holdings:
         except CacheError as error:
             log.error("cannot read what is recorded of %s: %s", state.ref, error)
             return ChunkSet(state.shape.chunk_count)
-
-
-class _Way(enum.Enum):
-    """What becomes of the bytes of dropped chunks."""
-
-    KEEP = enum.auto()  # they stay, until others are written over them
-    PART = enum.auto()  # holes are punched, if nobody can have the file mapped
-    WHOLE = enum.auto()  # the file loses its name, and there is a new one
-    LOST = enum.auto()  # the file is lost, and is to be made anew
-
-
-@dataclass(slots=True)
-class _Owed:
-    """Chunks that left memory and have to leave index and file. Once they have: bytes of room and of disk set free."""
-
-    state: BlobState
-    chunks: list[int]
-    way: _Way = _Way.KEEP
-    room: int = 0
-    freed: int = 0
-
-
-def failure_of(error: WeightfsError) -> Failure:
-    """What the planner and the readers are told of an error of the cache."""
-    return Failure(kind_of(error), str(error))
-
-
-def kind_of(error: WeightfsError) -> FailureKind:
-    """The kind of an error of the cache."""
-    match error:
-        case NoSpaceError():
-            return FailureKind.NO_SPACE
-        case IntegrityError():
-            return FailureKind.MISMATCH
-        case _:
-            return FailureKind.DISK

@@ -20,8 +20,9 @@ from weightfs.core.geometry import MIB, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Trust
 from weightfs.core.planner import Planner
 from weightfs.engine.blobs import BlobState
+from weightfs.engine.causes import kind_of
 from weightfs.engine.fetcher import Fetcher
-from weightfs.engine.holdings import Holdings, kind_of
+from weightfs.engine.holdings import Holdings
 from weightfs.engine.settings import EngineSettings
 from weightfs.engine.tally import Tally
 from weightfs.engine.uncached import Uncached

@@ -2,7 +2,7 @@
 
 Rules: a chunk is written only whole, only after its digest was compared with the list where there is one, and from the
 very buffer that was hashed (docs/design.md, landing order). A mismatched chunk costs that chunk: the job goes on.
-The worker knows nothing of what is present, and dies with its parent.
+The worker knows nothing of what is present, and dies with its parent. What it hashes again is `hashjob`'s.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import trio
 
-from weightfs.core.geometry import KIB, BlobShape, ByteSpan, ChunkSpan
+from weightfs.core.geometry import KIB, BlobShape, ChunkSpan
 from weightfs.core.manifest import Mirror
 from weightfs.engine import wire
 from weightfs.engine.causes import one_cause
+from weightfs.engine.hashjob import PatientHasher
 from weightfs.engine.origins import Origins
-from weightfs.engine.running import SAVABLE, GitSha1, RunningSha256
 from weightfs.errors import FailureKind, SourceError
 from weightfs.logs import set_up, traceback_of
 from weightfs.sources import open_source, schemes
@@ -42,7 +40,6 @@ LANDING_THREADS = 8
 # What a paced job receives before it says so and waits: little enough that many jobs together keep a low limit.
 PACE_BYTES = 64 * KIB
 NICENESS = 5  # of a worker: the process that answers the kernel goes first
-PATIENT_NICENESS = 15  # of the thread that hashes again
 PR_SET_PDEATHSIG = 1
 # Of opening the data file: nothing is wrong with the cache, and what is missing comes back when others let go.
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
@@ -78,41 +75,6 @@ class _Buffers:
                 if (len(self._free[len(buffer)]) + 1) * len(buffer) <= self._limit:
                     self._free[len(buffer)].append(buffer)
                 self._changed.notify_all()
-
-
-class _PatientThread:
-    """One thread that yields the processor to everybody else: what is hashed again can wait, readers and fetches not.
-
-    A thread of its own, because Linux keeps niceness per thread and an ordinary user cannot take it back.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "hash", initializer=self._yield)
-
-    @staticmethod
-    def _yield() -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PATIENT_NICENESS)
-
-    async def run(self, function: Callable[[wire.HashJob], wire.Hashed], job: wire.HashJob) -> wire.Hashed:
-        """Call it there. A cancelled call is taken back if it has not begun, and is left to end if it has."""
-        token, done = trio.lowlevel.current_trio_token(), trio.Event()
-        future = self._pool.submit(function, job)
-        future.add_done_callback(lambda _: _tell(token, done))
-        try:
-            await done.wait()
-        finally:
-            future.cancel()
-        return future.result()
-
-    def close(self) -> None:
-        """Take no more calls; does not wait."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _tell(token: trio.lowlevel.TrioToken, done: trio.Event) -> None:
-    with contextlib.suppress(trio.RunFinishedError):
-        token.run_sync_soon(done.set)
 
 
 @dataclass(slots=True)
@@ -195,7 +157,7 @@ class Worker:
         self._buffers = _Buffers(buffer_bytes)
         self._jobs: dict[int, _Running] = {}
         self._threads = trio.CapacityLimiter(LANDING_THREADS)
-        self._patient = _PatientThread()
+        self._hasher = PatientHasher()
 
     async def run(self, messages: AsyncIterator[wire.Message]) -> None:
         """Until `messages` ends; then all jobs are dropped."""
@@ -205,7 +167,7 @@ class Worker:
                     await self._dispatch(message, nursery)
                 nursery.cancel_scope.cancel()
         finally:
-            self._patient.close()
+            self._hasher.close()
             await self._origins.aclose()
 
     async def _dispatch(self, message: wire.Message, nursery: trio.Nursery) -> None:
@@ -347,62 +309,7 @@ class Worker:
         slots.release()
 
     async def _hash(self, job: wire.HashJob) -> None:
-        try:
-            answer: wire.FromWorker = await self._patient.run(hash_chunks, job)
-        except OSError as error:
-            text = f"the cache cannot be read: {os.strerror(error.errno or errno.EIO)}"
-            answer = wire.JobFailed(job.job, FailureKind.DISK, text)
-        await self._send(answer)
-
-
-def _read_span(fd: int, span: ByteSpan) -> bytes:
-    """All of `span`, or OSError: a short read is a fault, never zeros."""
-    data = os.pread(fd, len(span), span.start)
-    while len(data) < len(span):
-        more = os.pread(fd, len(span) - len(data), span.start + len(data))
-        if not more:
-            raise OSError(errno.EIO, "short read of the cache file")
-        data += more
-    return data
-
-
-def hash_chunks(job: wire.HashJob) -> wire.Hashed:
-    """Carry out a HashJob, in a thread. A chunk is fed to the running hash only after it was compared, if it is."""
-    shape = BlobShape(job.size, job.chunk_length)
-    running = _hash_of_whole(job) if job.running else None
-    bad: list[int] = []
-    chunk = job.start
-    fd = os.open(job.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        for chunk in range(job.start, job.stop):
-            index = (chunk - job.start) * 64
-            try:
-                data = _read_span(fd, shape.span_of(chunk))
-            except OSError:
-                data = b""
-            unlike = job.digests and hashlib.sha256(data).hexdigest() != job.digests[index : index + 64]
-            if unlike or not data:
-                bad.append(chunk)
-                if running:
-                    break
-            elif running:
-                running.update(data)
-        else:
-            chunk = job.stop
-    finally:
-        os.close(fd)
-    if running is None:
-        return wire.Hashed(job.job, job.stop, bad)
-    if chunk == shape.chunk_count:
-        return wire.Hashed(job.job, chunk, bad, "", running.digest().hex())
-    state = running.state().hex() if isinstance(running, RunningSha256) and SAVABLE and chunk else ""
-    return wire.Hashed(job.job, chunk, bad, state)
-
-
-def _hash_of_whole(job: wire.HashJob) -> RunningSha256 | GitSha1:
-    if job.git:
-        return GitSha1(job.size)
-    return RunningSha256(bytes.fromhex(job.state) or None, job.start * job.chunk_length)
+        await self._send(await self._hasher.carry_out(job))
 
 
 # ---- the process

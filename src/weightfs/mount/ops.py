@@ -3,21 +3,19 @@
 Rules: nothing but FUSEError and Answered leaves a handler (anything else would end pyfuse3's loop and with it the
 mount). Only `read` waits, and `lookup` where browsing is on; and who waits does so in `requests.Shelter`, so that the
 watchdog can answer for him. `open` never fails for reasons of data. A handle's number
-is its inode's, so that it can be told again after a restart, and what is open stays readable when its name is gone.
-Inodes never change content: `keep_cache`. A blob whose file the kernel may read itself is shown under its other inode
-number (see `passthrough`); whoever has it open by the first goes on with that. What is left out (flush, fsync, poll …)
-pyfuse3 answers ENOSYS, once: the kernel then does without it for good.
+is its inode's, so that it can be told again after a restart; `handles` knows what is open. Inodes never change content:
+`keep_cache`. A blob whose file the kernel may read itself is shown under its other inode number (see `passthrough`);
+whoever has it open by the first goes on with that. What is left out (flush, fsync, poll …) pyfuse3 answers ENOSYS,
+once: the kernel then does without it for good.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
@@ -25,12 +23,12 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, InodeT, ModeT, StatvfsData
 
 from weightfs.core.geometry import ByteSpan
-from weightfs.core.manifest import Blob, BlobId
 from weightfs.errors import ReadError
 from weightfs.logs import about
 from weightfs.mount.attributes import PAGE, Attributes, extended
 from weightfs.mount.browsing import Browser
 from weightfs.mount.errno import errno_of
+from weightfs.mount.handles import Handles
 from weightfs.mount.inodes import (
     DIRECT,
     ROOT,
@@ -41,35 +39,19 @@ from weightfs.mount.inodes import (
     LinkNode,
     Namespace,
     Node,
-    RegularNode,
     SliceNode,
 )
-from weightfs.mount.ledger import Entry, Ledger
+from weightfs.mount.ledger import Ledger
 from weightfs.mount.passthrough import Answered, Passthrough
 from weightfs.mount.penance import Penance, Sentence
 from weightfs.mount.ports import MountedEngine, Status
 from weightfs.mount.requests import OverdueError
 from weightfs.mount.stats import MountStats
 
-MAX_STALE = 100_000  # inodes; with more, what was not opened since is dropped at its next open
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Open:
-    """An inode with handles. The first one decides how it is read: by itself if `backing` is a number, else by us.
-
-    `node` is None if its name went while no daemon was there.
-    """
-
-    node: RegularNode | None
-    handles: int = 0
-    decided: trio.Event | None = None
-    backing: int | None = None
 
 
 def _text(name: bytes) -> str:
@@ -130,7 +112,6 @@ class WeightOperations(pyfuse3.Operations):
         fresh: bool = True,
     ) -> None:
         super().__init__()
-        self._ledger = Ledger() if ledger is None else ledger
         self._settled = settled  # returns when the tree is as new as what is pinned
         self.stats = stats
         self._requests = stats.requests
@@ -138,45 +119,19 @@ class WeightOperations(pyfuse3.Operations):
         self._namespace = namespace
         self._on_init = on_init
         self._passthrough = passthrough or Passthrough()
+        self._handles = Handles(
+            engine, namespace, stats, self._passthrough, Ledger() if ledger is None else ledger, fresh=fresh
+        )
         self._browser = browser
-        self._open: dict[int, _Open] = {}
-        self._fresh = fresh
-        # Inodes whose pages in the kernel are of the blob as it is pinned now, and how often it had been refuted then.
-        self._kept: dict[int, int] = {}
-        self._stale: set[int] = set()  # those that may be of a blob that was removed, and is pinned again
         self._penance = Penance()
         self._stopping = trio.Event()
         self._about = Attributes()
-        for entry in self._ledger.entries():
-            self._inherit(entry)
-
-    def _inherit(self, entry: Entry) -> None:
-        """The kernel has this open since an earlier daemon's time."""
-        node = self._namespace.node(entry.ino)
-        decided = trio.Event()
-        decided.set()
-        held = _Open(node if isinstance(node, RegularNode) else None, entry.handles, decided)
-        self._kept[entry.ino] = 0  # somebody has had it open all the time
-        if entry.backing:
-            held.backing = entry.backing
-            self._passthrough.lent += 1
-            self.stats.passed_files += 1
-        self._open[entry.ino] = held
-        if held.node is not None:
-            for _ in range(entry.handles):
-                self._note_opened(held.node)
 
     def show(self, namespace: Namespace, now: int) -> None:
         """Replace the tree of names, as of `now` (seconds since 1970, the directories' mtime)."""
         self._namespace = namespace
         self._about.changed_at = now
-        gone = [inode for inode in self._kept if namespace.node(inode) is None]
-        for inode in gone:
-            del self._kept[inode]
-        self._stale.update(gone)
-        if len(self._stale) > MAX_STALE:
-            self._fresh = False
-            self._stale.clear()
+        self._handles.show(namespace)
 
     def stop_holding(self) -> None:
         """From now on failing reads are answered at once: the mount is about to go."""
@@ -278,99 +233,13 @@ class WeightOperations(pyfuse3.Operations):
             raise FUSEError(errno.ELOOP)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise FUSEError(errno.EROFS)
-        held = self._open.setdefault(inode, _Open(node))
-        if held.node is None:  # its name had gone, and came back
-            held.node = node
-            for _ in range(held.handles):
-                self._note_opened(node)
-        held.handles += 1
-        self._ledger.opened(inode)
-        self._note_opened(node)
-        if inode & DIRECT and isinstance(node, FileNode):
-            try:
-                await self._pass_through(inode, node.blob, held)
-            except BaseException as outcome:
-                if isinstance(outcome, Answered) and outcome.delivered:
-                    self.stats.passed_opens += 1
-                else:  # the kernel has no handle that it would release
-                    self._forgotten(inode, self._released(inode))
-                raise
-        kept = isinstance(node, InlineNode) or self._has_right_pages(inode, node.blob.id)
+        kept = await self._handles.open(inode, node)
         return FileInfo(fh=FileHandleT(inode), keep_cache=kept)
-
-    def _has_right_pages(self, inode: int, blob: BlobId) -> bool:
-        """Whether what the kernel may have of it is right as far as is known; else this open drops it.
-
-        A blob that was quarantined since, or removed and pinned again, may have been wrong. Where nothing can be wrong,
-        nothing is dropped: who drops pages waits, and cannot be killed, while somebody reads one that is not there yet.
-        """
-        refuted = self._engine.refuted(blob)
-        unseen = 0 if self._fresh and inode not in self._stale else None
-        right = self._kept.get(inode, unseen) == refuted
-        self._kept[inode] = refuted
-        self._stale.discard(inode)
-        return right
-
-    def _note_opened(self, node: RegularNode) -> None:
-        if isinstance(node, InlineNode):
-            return
-        try:
-            self._engine.opened(node.blob.id)
-        except Exception:  # noqa: BLE001 - the rule of `open` is stronger than any contract
-            self.stats.internal_errors += 1
-            _log.exception("The engine failed to note that blob %s was opened", node.blob.id)
-
-    async def _pass_through(self, inode: InodeT, blob: Blob, held: _Open) -> None:
-        """Answer the open, raising Answered, if this inode is passed through; return if it is not."""
-        if held.decided is None:
-            held.decided = trio.Event()
-            try:
-                path = self._engine.backing(blob.id) if self._passthrough.on else None
-                if path is not None:
-                    lend = functools.partial(self._passthrough.lend, path, blob.size)
-                    with contextlib.suppress(OverdueError):  # then through us: `open` does not fail
-                        held.backing = await self._requests.wait(lend)
-                if held.backing is not None:
-                    self.stats.passed_files += 1
-                    self._ledger.lent(inode, held.backing)
-            finally:
-                held.decided.set()
-        await held.decided.wait()
-        if held.backing is None:
-            return
-        if self._engine.backing(blob.id) is None or not self._passthrough.able:
-            # A chunk turned out to be bad, or the name is gone, while others have the inode open in a way that this
-            # handle would have to follow; or the self-test of a daemon that took them over is not done. On ESTALE the
-            # kernel looks the name up again, and opens what it leads to now.
-            raise FUSEError(errno.ESTALE)
-        self._passthrough.answer(inode, held.backing)
 
     @_guarded
     async def release(self, fh: FileHandleT) -> None:
         """The last handle's release forgets the node."""
-        backing = self._released(fh)
-        # Not before the answer, which comes without a pause: an unanswered RELEASE is sent again to the next daemon.
-        trio.lowlevel.current_trio_token().run_sync_soon(self._forgotten, fh, backing)
-
-    def _released(self, fh: int) -> int | None:
-        """One handle less; the backing file that nobody needs any more."""
-        held = self._open.get(fh)
-        if held is None:
-            return None
-        if held.node is not None and not isinstance(held.node, InlineNode):
-            self._engine.released(held.node.blob.id)
-        held.handles -= 1
-        if held.handles:
-            return None
-        del self._open[fh]
-        return held.backing
-
-    def _forgotten(self, fh: int, backing: int | None) -> None:
-        """What `_released` says holds for the next daemon, too."""
-        self._ledger.released(fh)
-        if backing is not None:
-            self.stats.passed_files -= 1
-            self._passthrough.take_back(backing)
+        self._handles.release(fh)
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -486,10 +355,9 @@ class WeightOperations(pyfuse3.Operations):
         if node is None and self._browser is not None:
             node = self._browser.directory(inode)
         if node is None:
-            held = self._open.get(inode)
-            if held is None or held.node is None:
-                raise FUSEError(errno.ESTALE)
-            node = held.node
+            node = self._handles.node(inode)
+        if node is None:
+            raise FUSEError(errno.ESTALE)
         return node
 
     def _status(self, node: Node) -> Status | None:

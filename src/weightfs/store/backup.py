@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 from weightfs.errors import CacheError
+from weightfs.store.disk import disk_errors, sync_directory
 from weightfs.store.index import Index
-from weightfs.store.sparse import disk_errors, sync_directory
 
 log = logging.getLogger(__name__)
 

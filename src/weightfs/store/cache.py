@@ -2,7 +2,7 @@
 
 Rules that hold here:
 
-- Landing: bytes are in the file, `commit` syncs the file, and then commits the records. Never the other way round.
+- Landing: a data file is synced, and then its records are committed. `landing` has the rules, also for failed syncs.
 - Dropping: the records are committed as absent, and then the space is given back. `evicting` has the rules for blobs
   that readers may have mapped.
 - Deleting: the records go, with a note that the file is doomed; then the file; then the note.
@@ -18,7 +18,6 @@ import logging
 import os
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,10 +26,12 @@ from typing import Any
 from weightfs.core.chunkset import ChunkSet
 from weightfs.core.geometry import BlobShape, ByteSpan, ChunkSpan
 from weightfs.core.manifest import Blob, BlobId, Manifest, Trust
-from weightfs.errors import CacheError, DiskFault, WeightfsError
-from weightfs.store import backup, evicting, ledger, lockfile, opening, refs
+from weightfs.errors import CacheError
+from weightfs.store import backup, evicting, ledger, lockfile, opening, refs, trial
+from weightfs.store.disk import disk_errors
 from weightfs.store.evicting import Use
 from weightfs.store.index import Index, Txn
+from weightfs.store.landing import Recorder
 from weightfs.store.ledger import Landing
 from weightfs.store.records import (
     BlobRecord,
@@ -38,17 +39,11 @@ from weightfs.store.records import (
     RunState,
 )
 from weightfs.store.refs import StoredRef
-from weightfs.store.sparse import SparseFiles, disk_errors
+from weightfs.store.sparse import SparseFiles
 
 __all__ = ["Cache", "ChunkState", "Landing", "Progress", "RunState", "StoredRef"]
 
 log = logging.getLogger(__name__)
-
-SYNCS_AT_ONCE = 8
-TRIAL_BYTES = (
-    64 << 10
-)  # of a file that is written to see whether the disk takes it: in several blocks, and soon done
-_TRIAL = "trial"
 
 _NONE: Mapping[BlobId, Any] = MappingProxyType({})
 
@@ -75,12 +70,11 @@ class Cache:
         self._lock = lock
         self._index = index
         self._files = files
+        self._recorder = Recorder(index, files, state.epoch)
         self._state = state
         self._changes = threading.Lock()
         self._preparing = threading.Lock()
         self._prepared: set[BlobId] = set()
-        # Chunks whose bytes a failed sync may have lost: not to be recorded until they were dropped and came again.
-        self._lost: dict[BlobId, ChunkSet] = {}
         self._closed = False
         self._copier = backup.Copier(root, index)
 
@@ -222,7 +216,7 @@ class Cache:
     def _finish_deletion(self, blob: BlobId) -> int:
         freed = self._files.remove(blob)
         self._prepared.discard(blob)
-        self._lost.pop(blob, None)
+        self._recorder.deleted(blob)
         self._index.write(lambda txn: txn.delete("doomed", blob.raw))
         return freed
 
@@ -323,19 +317,11 @@ class Cache:
             IntegrityError: a landing differs from `required_digests`; it was left out.
         """
         with self._changes:
-            failed = self._sync(landings)
-            conflicts = self._index.write(
-                lambda txn: self._record_all(
-                    txn, [landing for landing in landings if landing.blob not in failed],
-                    {blob: run for blob, run in runs.items() if blob not in failed}, trusts, rehashed, now,
-                )
-            )  # fmt: skip
-        for error in [*failed.values(), *conflicts]:
-            raise error
+            self._recorder.commit(landings, runs, trusts, rehashed, now)
 
     def doubt(self, id: BlobId) -> object | None:  # noqa: A002
         """A token of the last failed sync of a blob's file: nothing written before it is recorded. Memory."""
-        return self._lost.get(id)
+        return self._recorder.doubt(id)
 
     def renew(self, id: BlobId) -> None:  # noqa: A002
         """After a failed sync: have kernel and filesystem forget what they hold of chunks that are not recorded.
@@ -348,99 +334,14 @@ class Cache:
         with self._changes:
             with self._index.read() as txn:
                 shape = self._record(txn, id).blob.shape
-                present = ledger.load_bits(txn, id, shape).present
-                whole = evicting.load_use(txn, id).whole
-            absent = ChunkSet(shape.chunk_count, range(shape.chunk_count))
-            absent.difference(present)
-            if whole or not evicting.give_back(self._files, id, shape, absent):
-                # Somebody may have the file mapped: no holes. Pages that he has mapped stay, all others go.
-                self._files.sync(id)
-                self._files.forget_pages(id, ByteSpan(0, shape.size))
+            self._recorder.renew(id, shape)
 
     def forgive(self, id: BlobId, doubt: object) -> None:  # noqa: A002
         """Whatever is committed from now on was written after that failed sync, which the caller vouches for. Memory.
 
         Nothing happens if another sync has failed since.
         """
-        if self._lost.get(id) is doubt:
-            self._lost.pop(id, None)
-
-    def _sync(self, landings: Sequence[Landing]) -> dict[BlobId, CacheError]:
-        """Sync the files of the landings' blobs; returns the blobs that failed."""
-        failed: dict[BlobId, CacheError] = {}
-        written: dict[
-            BlobId, ChunkSet
-        ] = {}  # to be synced: what else than the landings is recorded as present
-        by_blob = _by_blob(landings)
-        for blob, mine in by_blob.items():
-            with self._index.read() as txn:
-                record = ledger.blob_record(txn, blob)
-                if record is None:
-                    continue
-                present = ledger.load_bits(txn, blob, record.blob.shape).present
-            for landing in mine:
-                record.blob.shape.span_of(landing.chunk)  # IndexError: the caller's mistake
-            lost = self._lost.get(blob)
-            if lost is not None and any(landing.chunk in lost for landing in mine):
-                failed[blob] = DiskFault(
-                    f"chunks of blob {blob} landed before its file failed, and are not recorded: fetch them again",
-                    blob=str(blob),
-                )
-                continue
-            present.difference(ChunkSet(present.count, (landing.chunk for landing in mine)))
-            written[blob] = present
-        for blob, error in self._sync_files(list(written)):
-            failed[blob] = error
-            unrecorded = ChunkSet(written[blob].count, range(written[blob].count))
-            unrecorded.difference(written[blob])
-            self._lost[blob] = unrecorded
-        return failed
-
-    def _sync_files(self, blobs: Sequence[BlobId]) -> list[tuple[BlobId, CacheError]]:
-        """Sync side by side: the filesystem's journal takes many small files in the time of one."""
-
-        def sync(blob: BlobId) -> CacheError | None:
-            try:
-                self._files.sync(blob)
-            except CacheError as error:
-                return error
-            return None
-
-        if len(blobs) < 2:
-            outcomes = [sync(blob) for blob in blobs]
-        else:
-            with ThreadPoolExecutor(min(SYNCS_AT_ONCE, len(blobs)), "sync") as pool:
-                outcomes = list(pool.map(sync, blobs))
-        return [(blob, error) for blob, error in zip(blobs, outcomes, strict=True) if error is not None]
-
-    def _record_all(
-        self,
-        txn: Txn,
-        landings: Sequence[Landing],
-        runs: Mapping[BlobId, RunState],
-        trusts: Mapping[BlobId, Trust],
-        rehashed: Mapping[BlobId, ChunkSet],
-        now: int,
-    ) -> list[WeightfsError]:
-        conflicts: list[WeightfsError] = []
-        by_blob = _by_blob(landings)
-        for blob in dict.fromkeys([*by_blob, *runs, *trusts, *rehashed]):
-            record = ledger.blob_record(txn, blob)
-            if record is None:
-                log.debug("blob %s was deleted before its landings were committed", blob)
-                continue
-            shape = record.blob.shape
-            bits = ledger.load_bits(txn, blob, shape)
-            if blob in rehashed:
-                ledger.confirm(txn, blob, shape, bits, rehashed[blob], epoch=self.epoch)
-            conflicts += ledger.land(txn, record, bits, by_blob.get(blob, ()), epoch=self.epoch, now=now)
-            if blob in runs:
-                ledger.put_run(txn, record, bits, runs[blob])
-            ledger.put_bits(txn, blob, bits)
-            evicting.mark_if_whole(txn, blob, bits.present)
-            if blob in trusts:
-                ledger.set_trust(txn, record, trusts[blob])
-        return conflicts
+        self._recorder.forgive(id, doubt)
 
     def drop(self, id: BlobId, chunks: ChunkSpan | ChunkSet, *, punch: bool = True) -> int:  # noqa: A002
         """Make chunks absent: the records first, then their space. Returns the bytes that were recorded as present.
@@ -469,8 +370,7 @@ class Cache:
                 self._files.forget(id)
             if punch:
                 evicting.give_back(self._files, id, shape, given)
-            if id in self._lost:
-                self._lost[id].difference(given)
+            self._recorder.dropped(id, given)
         return dropped.byte_count(shape)
 
     def evict(self, id: BlobId, chunks: Iterable[int] | None = None) -> int | None:  # noqa: A002
@@ -486,9 +386,7 @@ class Cache:
                 return self._finish_deletion(id) if known else 0
             given = list(chunks)
             freed = evicting.evict_part(self._index, self._files, id, given)
-            if id in self._lost:
-                for chunk in given:
-                    self._lost[id].discard(chunk)
+            self._recorder.dropped(id, given)
             return freed
 
     def note_uses(self, times: Mapping[BlobId, Sequence[int]]) -> None:
@@ -521,22 +419,7 @@ class Cache:
 
     def trial(self) -> None:
         """Write a little, sync it and read it back, as a file and in the index. CacheError says what went wrong."""
-        path = self.root / _TRIAL
-        with disk_errors(f"write {path}"):
-            descriptor = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-            )
-            try:
-                sent = os.urandom(TRIAL_BYTES)
-                os.write(descriptor, sent)
-                os.fdatasync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
-                came = os.pread(descriptor, TRIAL_BYTES, 0)
-            finally:
-                os.close(descriptor)
-                path.unlink(missing_ok=True)
-        if came != sent:
-            raise DiskFault(f"{path} did not keep what was written to it: look at the disk (dmesg)")
+        trial.write_and_read(self.root)
         self._index.trial()
 
     def check(self, *, deep: bool = False) -> list[str]:
@@ -550,10 +433,3 @@ class Cache:
         if record is None:
             raise CacheError(f"the cache {self.root} knows no blob {blob}: add its ref again")
         return record
-
-
-def _by_blob(landings: Iterable[Landing]) -> dict[BlobId, list[Landing]]:
-    found: dict[BlobId, list[Landing]] = {}
-    for landing in landings:
-        found.setdefault(landing.blob, []).append(landing)
-    return found

@@ -1,4 +1,4 @@
-"""The LMDB index of a cache: `<cache>/index/data.mdb`. The only module that touches lmdb.
+"""The LMDB index of a cache: `<cache>/index/data.mdb`. The only module that writes with lmdb.
 
 Tables, keys and values (`records.py` has the encodings; "sealed" is explained there)::
 
@@ -25,12 +25,11 @@ Rules that hold here:
 - Every commit is synced (neither MDB_NOSYNC nor MDB_WRITEMAP).
 - The map grows when it is full; a transaction that met the end is run again, so jobs given to `write` must be
   repeatable.
-- An lmdb.Error leaves this module as a CacheError only.
+- An lmdb.Error leaves this module as a CacheError only: `lmdberrors` says as which.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -44,11 +43,12 @@ from typing import TypeVar
 import lmdb
 import lmdb.verify
 
-from weightfs.errors import CacheCorruptError, CacheError, DiskFault, NoSpaceError
+from weightfs.errors import CacheError, DiskFault
 from weightfs.store import probe
+from weightfs.store.disk import disk_errors, reserve
+from weightfs.store.lmdberrors import DAMAGED, HEADROOM, MapIsFullError, corrupt, lmdb_errors
 from weightfs.store.readers import locks_in_memory
 from weightfs.store.records import RecordError, seal, unseal
-from weightfs.store.sparse import disk_errors, reserve, translate
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +56,8 @@ TABLES = ("meta", "ref", "raw", "blob", "list", "chunk", "bits", "run", "use", "
 _NEEDED = ("ref", "raw", "blob", "list")  # of sealed values; what the others say can be found out again
 _MAP_SIZE = 1 << 28  # address space, not memory: 2 million chunk records before it must grow
 _MAX_MAP_SIZE = 1 << 42
-# Kept allocated past the end of data.mdb: on a full disk, dropping chunks still needs new pages (copy on write).
-_HEADROOM = 8 << 20
 _READ_BYTES = 1 << 20
 _CLOSED = "closed"  # beside data.mdb: its SHA-256 when we closed it
-_DAMAGED = "damaged"  # beside it: what was found wrong while it was in use
 
 T = TypeVar("T")
 
@@ -133,20 +130,20 @@ class Index:
             _check_ours(data)
             known = _digest(data)
             closed = seal_file.read_bytes() if seal_file.is_file() else b""
-            if (directory / _DAMAGED).is_file():
-                raise corrupt(directory, (directory / _DAMAGED).read_text(errors="replace")[:200])
+            if (directory / DAMAGED).is_file():
+                raise corrupt(directory, (directory / DAMAGED).read_text(errors="replace")[:200])
         if known and closed != known and (wrong := probe.walk(directory)) is not None:
             raise corrupt(directory, wrong)
         with disk_errors(f"write to {directory}"):
             seal_file.unlink(missing_ok=True)
-        with _lmdb_errors(directory):
+        with lmdb_errors(directory):
             env, tables = _open(directory, map_size)
         return cls(directory, env, tables)
 
     @contextmanager
     def read(self) -> Iterator[Txn]:
         """A snapshot. Keep it short: a map that must grow waits for it."""
-        with self._gate.shared(), _lmdb_errors(self.directory):
+        with self._gate.shared(), lmdb_errors(self.directory):
             self._check_readable()
             with self._env.begin() as txn:
                 yield Txn(txn, self._tables)
@@ -160,7 +157,7 @@ class Index:
                     self._renew()
                 try:
                     result = self._attempt(job)
-                except _MapIsFullError:
+                except MapIsFullError:
                     self._grow()
                 except DiskFault:
                     self._doubted = True
@@ -170,7 +167,7 @@ class Index:
                     return result
 
     def _attempt(self, job: Callable[[Txn], T]) -> T:
-        with _lmdb_errors(self.directory):
+        with lmdb_errors(self.directory):
             txn = self._env.begin(write=True)
             try:
                 result = job(Txn(txn, self._tables))
@@ -224,7 +221,7 @@ class Index:
         an error is one of `read(2)` then, and not a SIGBUS; until that succeeds, nothing can be read of it.
         """
         data = self.directory / "data.mdb"
-        with self._gate.exclusive(), _lmdb_errors(self.directory), disk_errors(f"read {data} again"):
+        with self._gate.exclusive(), lmdb_errors(self.directory), disk_errors(f"read {data} again"):
             descriptor = os.open(data, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 os.fdatasync(descriptor)  # while it goes on failing, what is there can be read
@@ -244,9 +241,9 @@ class Index:
 
         CacheCorruptError if a value that cannot be done without is damaged, also if that was found earlier. CacheError.
         """
-        with self._gate.shared(), _lmdb_errors(self.directory):
+        with self._gate.shared(), lmdb_errors(self.directory):
             self._check_readable()
-            if (self.directory / _DAMAGED).exists():
+            if (self.directory / DAMAGED).exists():
                 raise RecordError("damage was found while it was in use")
             with self._env.begin() as txn:
                 for table in _NEEDED:
@@ -257,7 +254,7 @@ class Index:
     def verify(self) -> list[str]:
         """What a walk over every byte of the file finds wrong. Writers wait meanwhile."""
         walk: Callable[[str], list[str]] = lmdb.verify.verify  # has no annotations of its own
-        with self._writer, _lmdb_errors(self.directory):
+        with self._writer, lmdb_errors(self.directory):
             self._check_readable()
             try:
                 findings = walk(os.fspath(self.directory))
@@ -278,7 +275,7 @@ class Index:
             )
 
     def _grow(self) -> None:
-        with self._gate.exclusive(), _lmdb_errors(self.directory):
+        with self._gate.exclusive(), lmdb_errors(self.directory):
             size = self._env.info()["map_size"] * 2
             if size > _MAX_MAP_SIZE:
                 raise CacheError(
@@ -295,8 +292,8 @@ class Index:
             return
         try:
             found = os.fstat(descriptor)
-            if found.st_blocks * 512 < found.st_size + _HEADROOM // 2:
-                reserve(descriptor, found.st_size + _HEADROOM)
+            if found.st_blocks * 512 < found.st_size + HEADROOM // 2:
+                reserve(descriptor, found.st_size + HEADROOM)
         finally:
             os.close(descriptor)
 
@@ -347,73 +344,6 @@ class _Gate:
             with self._changed:
                 self._closed = False
                 self._changed.notify_all()
-
-
-class _MapIsFullError(Exception):
-    """Between `write` and its own retry."""
-
-
-def corrupt(directory: Path, what: str) -> CacheCorruptError:
-    """The error for an index that cannot be read, with the way out."""
-    return CacheCorruptError(
-        f"the index {directory} is damaged ({what}): the next start of weightfs sets it aside, and goes on from its "
-        "copy, or from an empty index; no data file is deleted"
-    )
-
-
-def _found_damaged(directory: Path, what: str) -> CacheCorruptError:
-    """The same for an index in use; the next start is told."""
-    try:
-        (directory / _DAMAGED).write_text(what)
-    except OSError as error:
-        log.warning("the next start is not told that the index %s is damaged: %s", directory, error)
-    return corrupt(directory, what)
-
-
-@contextmanager
-def _lmdb_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except lmdb.MapFullError as error:
-        raise _MapIsFullError from error
-    except RecordError as error:
-        raise _found_damaged(directory, str(error)) from error
-    except (
-        lmdb.CorruptedError,
-        # No transaction is used after its end, no table closed: these two come of damaged pages.
-        lmdb.BadTxnError,
-        lmdb.BadDbiError,
-        lmdb.PageNotFoundError,
-        lmdb.VersionMismatchError,
-        lmdb.InvalidError,
-    ) as error:
-        raise _found_damaged(directory, str(error)) from error
-    except lmdb.PanicError as error:
-        raise DiskFault(
-            f"the index {directory} failed to reach the disk before: look at the disk (dmesg) ({error})"
-        ) from error
-    except lmdb.Error as error:
-        raise _of_lmdb(error, directory) from error
-
-
-def _of_lmdb(error: lmdb.Error, directory: Path) -> CacheError:
-    number: int = getattr(error, "code", 0)  # LMDB's own codes are negative
-    if number in (errno.ENOSPC, errno.EDQUOT) or (number == errno.EIO and _is_full(directory)):
-        return NoSpaceError(
-            f"the index {directory} cannot grow: the disk or the quota is full; free some space"
-        )
-    if number > 0:
-        return translate(OSError(number, os.strerror(number)), f"use the index {directory}")
-    return CacheError(f"the index {directory} failed: {error}")
-
-
-def _is_full(directory: Path) -> bool:
-    """LMDB calls a write that the disk cut short an I/O error."""
-    try:
-        space = os.statvfs(directory)
-    except OSError:
-        return False
-    return space.f_bavail * space.f_frsize < _HEADROOM
 
 
 def _check_ours(data: Path) -> None:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from weightfs.errors import CacheBusyError, CacheError
-from weightfs.store.sparse import disk_errors
+from weightfs.store.disk import disk_errors
 
 DYING_SECONDS = 2.0  # for what an ended owner left behind; SIGKILL of a worker takes milliseconds
 POLL_SECONDS = 0.02

@@ -17,7 +17,7 @@ from typing import Final
 from weightfs.core.geometry import BlobShape, ByteSpan
 from weightfs.core.manifest import BlobId
 from weightfs.errors import CacheError
-from weightfs.store.sparse import punch_hole
+from weightfs.store.disk import punch_hole
 
 _PAGE: Final = 4096  # a hole smaller than a page is zeroed, not freed; chunks begin at multiples of it
 

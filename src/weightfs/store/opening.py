@@ -25,10 +25,11 @@ from weightfs.core.geometry import ChunkSpan
 from weightfs.core.manifest import BlobId
 from weightfs.errors import CacheCorruptError, CacheError, CacheFormatError
 from weightfs.store import backup, evicting, ledger
+from weightfs.store.disk import disk_errors
 from weightfs.store.index import Index, Txn
 from weightfs.store.ledger import Bits
 from weightfs.store.records import BlobRecord, FileMark, RecordError, decode_file, encode_file
-from weightfs.store.sparse import SparseFiles, disk_errors
+from weightfs.store.sparse import SparseFiles
 
 log = logging.getLogger(__name__)
 

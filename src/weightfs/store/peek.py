@@ -16,7 +16,7 @@ from pathlib import Path
 import lmdb
 
 from weightfs.errors import CacheError
-from weightfs.store.index import corrupt
+from weightfs.store.lmdberrors import corrupt
 from weightfs.store.records import RecordError, decode_ref, unseal
 
 MAX_REFS = 10_000  # as many as the configuration may name

@@ -13,10 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import trio
 
@@ -26,11 +25,9 @@ from weightfs.core.ref import parse_ref, tree_of
 from weightfs.errors import DaemonError
 from weightfs.mount.mounttable import mounts_at
 from weightfs.testing.mounts import AS_NOBODY, NOBODY, clear
-
-T = TypeVar("T")
+from weightfs.testing.waiting import until
 
 DEADLINE = 60.0  # seconds
-POLL_SECONDS = 0.02
 END_SECONDS = 30.0
 
 _PRELUDE = """
@@ -41,15 +38,6 @@ def true(start, stop):
     with open(plain, 'rb') as file:
         return os.pread(file.fileno(), stop - start, start)
 """
-
-
-def until(condition: Callable[[], T], what: str) -> T:
-    """Poll until `condition` gives something true, and return it; AssertionError after a deadline."""
-    deadline = time.monotonic() + DEADLINE
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited in vain for: {what}"
-        time.sleep(POLL_SECONDS)
-    return found
 
 
 class Daemon:

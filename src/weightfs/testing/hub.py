@@ -26,8 +26,8 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, quote, unquote
 
+from weightfs.testing.answers import OriginFile, Seen, plan_answer
 from weightfs.testing.hubrepos import Repo, StoredFile
-from weightfs.testing.origin import OriginFile, Seen, plan_answer
 
 KINDS = ("models", "datasets", "spaces")
 PAGE_ENTRIES = 1000

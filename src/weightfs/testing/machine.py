@@ -14,16 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import weightfs
 from weightfs.mount.mounttable import has_mount_privilege, parse_mountinfo
-from weightfs.testing.daemon import until
+from weightfs.testing.waiting import until
 
 SYSTEMD = Path("/lib/systemd/systemd")
 COMMAND_SECONDS = 60.0
 NOBODY = 65534
+_RIDERS = "/srv/riders"  # inside: what they need, and how far they are
 
 # $1: the new root; $2: a tree to be copied into it; $3: a file with the directories to be bound, one a line.
 _BOOT = r"""
@@ -242,6 +244,10 @@ class Machine:
         """One property of a unit, as `systemctl show` prints it."""
         return self.run("systemctl", "show", f"--property={key}", "--value", unit).rstrip("\n")
 
+    def has_ended(self, unit: str) -> bool:
+        """Whether nothing of the unit runs any more, however it came to that."""
+        return self.show(unit, "ActiveState") in ("inactive", "failed")
+
     def until_active(self, unit: str, *, after: str = "0") -> None:
         """Wait until the unit has been restarted more often than `after` times, and is active."""
         deadline = time.monotonic() + COMMAND_SECONDS
@@ -260,3 +266,48 @@ def _needed() -> list[Path]:
         if not any(path.is_relative_to(outer) for outer in (*found, Path("/usr"))):
             found.append(path)
     return found
+
+
+class Riders:
+    """Clients of another user that read a file in every way, each as a unit, until `end`; `data` is its truth.
+
+    `script` is the program: MODE FILE TRUTH PROGRESS. It counts in PROGRESS, and ends when that is gone.
+    """
+
+    MODES = ("stream", "map", "open")
+
+    def __init__(self, machine: Machine, script: Path, path: str, data: bytes) -> None:
+        self._machine = machine
+        machine.write(f"{_RIDERS}/rider.py", script.read_text())
+        machine.path(f"{_RIDERS}/truth").write_bytes(data)
+        self._progress = {mode: machine.path(f"{_RIDERS}/{mode}") for mode in self.MODES}
+        for mode, file in self._progress.items():
+            file.write_text("0")
+            file.chmod(0o666)
+            program = f"{sys.executable} -I -S {_RIDERS}/rider.py"
+            command = f"{program} {mode} {path} {_RIDERS}/truth {_RIDERS}/{mode}"
+            machine.write(
+                f"/run/systemd/system/{mode}.service", f"[Service]\nUser=nobody\nExecStart={command}\n"
+            )
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "start", *(f"{mode}.service" for mode in self.MODES))
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Wait until every one of them has read more than by now."""
+        before = self._counts()
+        until(
+            lambda: all(count > before[mode] for mode, count in self._counts().items()),
+            f"every client goes on\n{before}",
+        )
+
+    def _counts(self) -> dict[str, int]:
+        return {mode: int(file.read_text()) for mode, file in self._progress.items()}
+
+    def end(self) -> None:
+        """Have them end, each of which has to be content with what it read."""
+        for file in self._progress.values():
+            file.unlink()
+        for mode in self.MODES:
+            until(partial(self._machine.has_ended, f"{mode}.service"), mode)
+            assert self._machine.show(f"{mode}.service", "Result") == "success", self._machine.journal()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,14 +89,6 @@ AS_NOBODY = (
 def can_mount() -> bool:
     """Whether this machine and this user let the tests mount."""
     return Path("/dev/fuse").exists() and mounttable.has_mount_privilege()
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """Poll until `condition` is true; AssertionError after a deadline far beyond any sound wait."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for: {what}"
-        time.sleep(0.01)
 
 
 class FakeMount:

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import trio
 
@@ -24,8 +25,20 @@ from weightfs.core.geometry import MIB, BlobShape, ByteSpan
 from weightfs.core.manifest import Blob, BlobId, ChunkList, Entry, Manifest, Mirror
 from weightfs.core.ref import Ref
 from weightfs.errors import FailureKind, SourceError
+from weightfs.sources._client import HttpClient
 from weightfs.sources._stream import Address, BulkBackend, Resolver
-from weightfs.sources.base import Source
+from weightfs.sources.base import FetchSettings, Source
+
+S = TypeVar("S")
+
+
+@asynccontextmanager
+async def opened(
+    kind: Callable[[HttpClient], AbstractAsyncContextManager[S]], **settings: Any
+) -> AsyncIterator[S]:
+    """A source of that kind, with these settings, that tries nothing twice unless they say so."""
+    async with kind(HttpClient(FetchSettings(**{"retry": 0, **settings}))) as source:
+        yield source
 
 
 @dataclass
