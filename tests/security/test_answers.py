@@ -28,6 +28,7 @@ from weightfs.sources.publish import describe as list_of
 from weightfs.testing.daemon import Daemon
 from weightfs.testing.mounts import can_mount
 from weightfs.testing.origin import Fault, FaultKind, Origin, OriginFile, origin_in_thread
+from weightfs.testing.waiting import until
 
 pytestmark = [
     pytest.mark.mount,
