@@ -737,6 +737,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ("engine/test_room.py::test_a_disk_that_is_full_at_the_end_has_nobody_evicted",),
     ),
     Mutant(
+        "ENOSPC",
+        "an index whose last page had no room counts as sick",
+        "store/index.py",
+        "                    if self._has_panicked():\n",
+        "                    if False:\n",
+        ("store/test_index.py::test_a_disk_that_is_full_at_the_last_page_of_a_commit_is_not_a_sick_one",),
+    ),
+    Mutant(
         "EDQUOT",
         "a worker takes a used-up quota for a sick disk",
         "engine/worker.py",

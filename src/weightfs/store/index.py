@@ -30,6 +30,7 @@ Rules that hold here:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -177,8 +178,23 @@ class Index:
                 # environment: with busy readers that took minutes. So they wait outside for it.
                 with self._gate.exclusive():
                     txn.abort()
+                    if self._has_panicked():
+                        self._doubted = True
+                        # At once: else readers would be told of a sick disk, where it may only be full.
+                        with contextlib.suppress(CacheError):
+                            self._reopen()
                 raise
         return result
+
+    def _has_panicked(self) -> bool:
+        """Whether LMDB refuses every further call, since the page that names the newest state was not written."""
+        try:
+            self._env.begin().abort()
+        except lmdb.PanicError:
+            return True
+        except lmdb.Error:
+            pass
+        return False
 
     def close(self) -> None:
         """Close it, and note what the file is, so that the next start need not walk it; not if a write failed last."""
@@ -220,8 +236,12 @@ class Index:
         that names the newest state could not be written (MDB_PANIC). The whole file is read once before it is mapped:
         an error is one of `read(2)` then, and not a SIGBUS; until that succeeds, nothing can be read of it.
         """
+        with self._gate.exclusive():
+            self._reopen()
+
+    def _reopen(self) -> None:
         data = self.directory / "data.mdb"
-        with self._gate.exclusive(), lmdb_errors(self.directory), disk_errors(f"read {data} again"):
+        with lmdb_errors(self.directory), disk_errors(f"read {data} again"):
             descriptor = os.open(data, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 os.fdatasync(descriptor)  # while it goes on failing, what is there can be read
