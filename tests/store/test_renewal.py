@@ -70,6 +70,46 @@ def test_a_chunk_that_is_written_again_after_a_failed_sync_is_on_the_disk(
         cache.close()
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole once"])
+def test_what_was_lost_before_a_renewal_is_no_fault_of_what_lands_after_it(
+    disk: SickDisk, whole: bool
+) -> None:
+    """Regression: the kernel told of old pages at the first sync after it, on a disk that was well again."""
+    sample = Sample.random(8 * CHUNK, chunk_length=CHUNK)
+    cache = Cache.open(disk.directory / "cache", now=0)
+    try:
+        cache.put_ref(sample.manifest(), now=0)
+        sample.land(cache, range(8) if whole else range(2))
+        if whole:
+            cache.drop(sample.id, ChunkSpan(2, 8), punch=False)
+        disk.refuse(writes=True)
+        with pytest.raises(DiskFault):
+            cache.commit(sample.write(cache, range(2, 4)), now=1)
+        sample.write(cache, range(4, 8))  # a fetch that was under way
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            write_back(cache.path(sample.id))
+        disk.refuse()
+        doubt = cache.doubt(sample.id)
+        assert doubt is not None
+        cache.renew(sample.id)
+        cache.forgive(sample.id, doubt)
+        sample.land(cache, range(2, 8))
+        forget(cache.path(sample.id))
+        assert cache.check(deep=True) == []
+        assert list(cache.progress(sample.id).present) == list(range(8))
+    finally:
+        cache.close()
+
+
+def write_back(path: Path) -> None:
+    """As the kernel does it by itself after a while: whoever has the file open is told at his next sync."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def fill(txn: Txn, value: bytes) -> None:
     for number in range(500):
         txn.put("raw", b"%d" % number, value)

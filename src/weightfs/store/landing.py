@@ -88,8 +88,18 @@ class Recorder:
         absent.difference(present)
         if whole or not evicting.give_back(self._files, blob, shape, absent):
             # Somebody may have the file mapped: no holes. Pages that he has mapped stay, all others go.
-            self._files.sync(blob)
+            self._settle(blob)
             self._files.forget_pages(blob, ByteSpan(0, shape.size))
+        else:
+            self._settle(blob)
+
+    def _settle(self, blob: BlobId) -> None:
+        """Sync, past what the kernel has still to tell of bytes that it lost earlier: none of them is recorded."""
+        try:
+            self._files.sync(blob)
+        except DiskFault as error:
+            log.debug("it is synced again, for this may be of earlier: %s", error)
+            self._files.sync(blob)
 
     def _sync(self, landings: Sequence[Landing]) -> dict[BlobId, CacheError]:
         """Sync the files of the landings' blobs; returns the blobs that failed."""
