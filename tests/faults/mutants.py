@@ -799,7 +799,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        self._fetcher.feed(plan.Refuted(state.id, sources))\n",
         "",
         (
-            "engine/test_repair.py::test_a_quarantined_file_is_had_from_another_mirror_and_the_wrong_chunk_is_named",
+            "engine/test_repair.py::test_reads_past_the_cache_do_not_give_what_was_refuted[from another mirror]",
         ),
     ),
     Mutant(
@@ -869,15 +869,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "sources/_client.py",
         "not given and origin == _rules.origin_of(settings.hf_endpoint)",
         "not given",
-        ("sources/test_hf.py::test_an_absolute_redirect_to_another_host_loses_the_token",),
-    ),
-    Mutant(
-        "secrets",
-        "a worker may be looked into",
-        "engine/worker.py",
-        "    forbid_core_dumps()\n    drop_capabilities()\n",
-        "    drop_capabilities()\n",
-        ("security/test_processes.py::test_a_process_of_an_ordinary_user_cannot_be_looked_into",),
+        ("sources/test_hf.py::test_the_users_headers_are_for_an_endpoint_that_was_configured",),
     ),
 )
 
