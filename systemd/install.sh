@@ -117,7 +117,7 @@ install_units() {
   place_with_paths systemd/mount.weightfs "$SBINDIR/mount.weightfs" 0755
   place systemd/sysusers.conf "$SYSUSERSDIR/weightfs.conf" 0644
   place systemd/ollama.service.d/weightfs.conf "$DOCDIR/ollama.service.d/weightfs.conf" 0644
-  for page in systemd configuration semantics troubleshooting; do
+  for page in systemd configuration semantics troubleshooting design reliability security; do # and those they lead to
     place "docs/$page.md" "$DOCDIR/$page.md" 0644
   done
   for page in README.md alerts.yaml dashboard.json; do

@@ -134,7 +134,11 @@ class CacheFormatError(CacheError):
 
 
 class CacheCorruptError(CacheError):
-    """The index cannot be read; the message says how to set it aside without losing the data files."""
+    """The index cannot be read; the message says what the next start does. `what`: what was found, in a few words."""
+
+    def __init__(self, message: str, *, what: str = "") -> None:
+        super().__init__(message)
+        self.what = what
 
 
 class NoSpaceError(CacheError):

@@ -56,6 +56,22 @@ def format_size(count: float) -> str:
     return f"{count:.1f} {unit}"
 
 
+def exact_size(count: int) -> str:
+    """`16777216` → `16MiB`: nothing is rounded, and `parse_size` reads it."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if count and not count % SIZE_UNITS[unit]:
+            return f"{count // SIZE_UNITS[unit]}{unit}"
+    return str(count)
+
+
+def exact_duration(seconds: float) -> str:
+    """`600` → `10m`: nothing is rounded, and `parse_duration` reads it."""
+    for unit in ("d", "h", "m"):
+        if seconds and not seconds % DURATION_UNITS[unit]:
+            return f"{seconds / DURATION_UNITS[unit]:.0f}{unit}"
+    return f"{seconds:.9f}".rstrip("0").rstrip(".") + ("s" if seconds else "")
+
+
 def format_count(count: int) -> str:
     """`8030261312` → `8.03 B`: three significant digits and thousands, as parameters of models are counted."""
     scaled = float(count)
@@ -78,3 +94,8 @@ def format_duration(seconds: float) -> str:
     minutes, left = divmod(rest, 60)
     parts = [(hours, "h"), (minutes, "m"), (left, "s")]
     return "".join(f"{count}{unit}" for count, unit in parts if count) or "0s"
+
+
+def counted(count: int, noun: str) -> str:
+    """For example `1 ref`, `2 refs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

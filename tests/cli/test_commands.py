@@ -46,6 +46,14 @@ def test_every_command_helps_with_examples(tmp_path: Path, command: str) -> None
     assert cli.commands[command].short_help
 
 
+@pytest.mark.parametrize("arguments", [[], ["debug"], ["config"]])
+def test_what_is_incomplete_shows_the_help_as_it_is(tmp_path: Path, arguments: list[str]) -> None:
+    """It was told as one sentence of three thousand characters."""
+    result = invoke(tmp_path, *arguments, cache=False)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == invoke(tmp_path, *arguments, "--help", cache=False).stdout
+
+
 def test_help_tells_the_exit_codes_that_the_errors_have(tmp_path: Path) -> None:
     result = invoke(tmp_path, "--help", cache=False)
     for code in {

@@ -75,6 +75,17 @@ def test_every_setting_is_shown_with_the_place_that_won(tmp_path: Path) -> None:
     assert line.split() == ["fill", "all", str(file)]
 
 
+def test_sizes_and_durations_are_shown_as_they_are_written(tmp_path: Path) -> None:
+    file = written(tmp_path, 'max-size = "3GiB"\nmin-free = 1000\nmax-age = "36h"\nretry-delay = "0.25s"\n')
+    text = run(tmp_path, "show", "--config", str(file)).stdout
+    seen = {line.split()[0]: line.split()[1] for line in text.splitlines()}
+    expected = {
+        "max-size": "3GiB", "min-free": "1000", "max-age": "36h", "retry-delay": "0.25s", "readahead": "64MiB",
+        "commit-size": "16MiB", "read-timeout": "10m", "commit-interval": "1s", "max-jobs": "32",
+    }  # fmt: skip
+    assert {key: seen[key] for key in expected} == expected
+
+
 def test_secrets_are_said_to_be_set_and_never_shown(tmp_path: Path) -> None:
     token_file = tmp_path / "token"
     token_file.write_text("hf_s3cretfile\n")

@@ -25,7 +25,8 @@ from weightfs.cli import cli
 from weightfs.cli.doctoring import PROBLEMS
 from weightfs.core.geometry import GIB, MIB
 from weightfs.errors import FailureKind, RefError, SourceError
-from weightfs.mount.mounttable import Health, parse_mountinfo
+from weightfs.mount import mounttable
+from weightfs.mount.mounttable import Health, Mount, parse_mountinfo
 from weightfs.sources.base import FetchSettings
 from weightfs.testing.daemon import Daemon
 from weightfs.testing.hub import Hub
@@ -200,17 +201,23 @@ def test_the_filesystem_is_that_of_the_nearest_mount_and_of_several_the_last() -
     ("found", "level", "word"),
     [
         (None, OK, "makes it"),
-        (Directory(stat.S_IFDIR | 0o700, 7, True), OK, "ours alone"),
-        (Directory(stat.S_IFREG | 0o700, 7, True), PROBLEM, "not a directory"),
-        (Directory(stat.S_IFDIR | 0o700, 8, True), PROBLEM, "belongs to user 8"),
-        (Directory(stat.S_IFDIR | 0o700, 7, False), PROBLEM, "cannot be written"),
-        (Directory(stat.S_IFDIR | 0o777, 7, True), PROBLEM, "chmod 700"),
-        (Directory(stat.S_IFDIR | 0o755, 7, True), WARNING, "chmod 700"),
+        (Directory(stat.S_IFDIR | 0o700, 7, True, "ann"), OK, "ours alone"),
+        (Directory(stat.S_IFREG | 0o700, 7, True, "ann"), PROBLEM, "not a directory"),
+        (Directory(stat.S_IFDIR | 0o700, 8, True, "ann"), PROBLEM, "belongs to ann: run as"),
+        (Directory(stat.S_IFDIR | 0o700, 7, False, "ann"), PROBLEM, "cannot be written"),
+        (Directory(stat.S_IFDIR | 0o777, 7, True, "ann"), PROBLEM, "chmod 700"),
+        (Directory(stat.S_IFDIR | 0o755, 7, True, "ann"), WARNING, "chmod 700"),
     ],
 )
 def test_directory(found: Directory | None, level: Level, word: str) -> None:
     has(storage.directory("/cache", found, 7), level, word)
     has(storage.directory("/cache", None, 7, can_make=False), PROBLEM, "--cache")
+
+
+def test_root_looks_at_the_cache_of_a_service() -> None:
+    """All is well with it: it was told as a problem."""
+    found = Directory(stat.S_IFDIR | 0o700, 999, True, "weightfs")
+    has(storage.directory("/cache", found, 0), WARNING, "belongs to weightfs: root's commands reach a mount")
 
 
 @pytest.mark.parametrize(
@@ -421,7 +428,7 @@ def test_an_idle_cache_is_read_and_stays_as_it_is(tmp_path: Path) -> None:
     assert invoke(tmp_path, "add", f"file://{model}", "--cache", str(tmp_path / "cache")).exit_code == 0
     before = fingerprint(tmp_path / "cache")
     found = doctor(tmp_path)
-    has(found["cache"][0], OK, "1 refs")
+    has(found["cache"][0], OK, "1 ref")
     has(found["sources"][0], OK, str(model))
     assert fingerprint(tmp_path / "cache") == before
     data = tmp_path / "cache" / "index" / "data.mdb"
@@ -456,7 +463,7 @@ def test_a_daemon_is_asked_and_never_waited_for(tmp_path: Path) -> None:
             return next(one for one in found["mounts"] if str(daemon.mountpoint) in one.text)
 
         found = examined()
-        has(found["cache"][0], OK, "(mount)", "1 refs")
+        has(found["cache"][0], OK, "(mount)", "1 ref")
         has(of_mount(found), OK, "answers")
         has(found["sources"][0], OK, str(model))
         daemon.signal(signal.SIGSTOP)
@@ -468,7 +475,7 @@ def test_a_daemon_is_asked_and_never_waited_for(tmp_path: Path) -> None:
         has(of_mount(found), PROBLEM, "umount --lazy")
         daemon.kill()
         found = examined()
-        has(found["cache"][0], OK, "1 refs")
+        has(found["cache"][0], OK, "1 ref")
         has(of_mount(found), PROBLEM, "stale", "umount --lazy")
 
 
@@ -494,6 +501,20 @@ def test_as_an_ordinary_user() -> None:
     assert "not needed" not in found["fusermount3"][1]
     permitted = "user_allow_other" in Path("/etc/fuse.conf").read_text().split("\n")
     assert (found["allow-other"][0] == "ok") == permitted
+
+
+def test_an_interpreter_that_cannot_be_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probes are processes of their own; it was told as a fault of weightfs itself."""
+    python = tmp_path / "python"
+    python.write_text("")
+    monkeypatch.setattr(sys, "executable", str(python))
+    mount = Mount(1, "0:9", str(tmp_path), mounttable.FSTYPE, "weightfs")
+    monkeypatch.setattr(mounttable, "parse_mountinfo", lambda _text: [mount])
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "data.mdb").write_bytes(b"x")
+    index, _ = probes.look_at_index(tmp_path)
+    for verdict in (*probes.look_at_mounts(), *index):
+        has(verdict, PROBLEM, f"{python} cannot be started (Permission denied): make it executable")
 
 
 def test_a_lock_is_seen_without_taking_it(tmp_path: Path) -> None:

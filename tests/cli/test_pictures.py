@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,11 +93,11 @@ def test_top_shows_the_busy_first_with_rate_time_left_and_faults() -> None:
     assert [line.rstrip() for line in top_lines(after, rates, 100, 30)] == [
         "serving /mnt (pid 7, for 1m30s)",
         "cache 1.0 MiB, 1.0 MiB free, 10.0 MiB/s, 0 requests in flight",
-        "  ! 1 chunks came damaged",
+        "  ! 1 chunk came damaged",
         "",
         "MODEL                        TRUST              SIZE  HERE                     RATE       LEFT  WAIT",
         "https://h/b                  attested        100 MiB   50%  #####.....   10.0 MiB/s       5.0s     2",
-        "    ! 3 faults, 1 wrong chunks, 1.0 MiB/s, left alone for 4s: https://h/m?…",
+        "    ! 3 faults, 1 wrong chunk, 1.0 MiB/s, left alone for 4s: https://h/m?…",
         "https://h/a                  attested        100 MiB   50%  #####.....            -          -     -",
     ]
 
@@ -118,4 +119,14 @@ def test_top_fits_any_terminal(count: int, height: int, width: int, trouble: boo
     assert "\x1b" not in "".join(lines)
     if count > height > 6 and width > 30:
         shown = sum(line.startswith("http") for line in lines)
-        assert lines[-1] == f"… and {count - shown} more models"
+        assert lines[-1] == f"… and {count - shown} more model{'' if count - shown == 1 else 's'}"
+
+
+@pytest.mark.parametrize("width", [*range(53, 130), 200])
+def test_no_column_of_top_is_cut(width: int) -> None:
+    """At 80 columns the readers that wait were."""
+    one = ref("https://models.example.com/a-long-name.gguf", waiting_readers=17) | {"pinned": True}
+    *_, header, row = top_lines(status(one), Rates(), width, 30)
+    assert (header[-4:], row[-4:]) == ("WAIT", "  17")
+    assert " (pinned) " in row
+    assert len(row.split()[0]) >= (19 - len(" (pinned)") if width >= 80 else 8)

@@ -57,7 +57,7 @@ def test_everything_is_paused_and_resumed(tmp_path: Path) -> None:
     assert "paused: nothing is fetched" in run(tmp_path, "status").stdout
     assert "but everything is paused" in run(tmp_path, "resume", one).stdout
     run(tmp_path, "pause", one)
-    assert "but for 1 refs that are paused by themselves" in run(tmp_path, "resume", "--all").stdout
+    assert "but for 1 ref paused by name" in run(tmp_path, "resume", "--all").stdout
     assert "(paused)" in run(tmp_path, "status").stdout
     assert json.loads(run(tmp_path, "pause", "--all", "--json").stdout)["all_paused"] is True
     run(tmp_path, "resume", one)

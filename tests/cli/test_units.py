@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from weightfs.units import (
     DURATION_UNITS,
     SIZE_UNITS,
+    exact_duration,
+    exact_size,
     format_count,
     format_duration,
     format_size,
@@ -100,3 +102,15 @@ def test_shown() -> None:
 )
 def test_counts(count: int, text: str) -> None:
     assert format_count(count) == text
+
+
+@given(st.integers(0, 1 << 50))
+def test_an_exact_size_is_read_back(count: int) -> None:
+    assert parse_size(exact_size(count)) == count
+    assert exact_size(3 << 20) == "3MiB"
+
+
+@given(st.integers(0, 10**9).map(lambda thousandths: thousandths / 1000))
+def test_an_exact_duration_is_read_back(seconds: float) -> None:
+    assert parse_duration(exact_duration(seconds)) == pytest.approx(seconds, rel=1e-9)
+    assert [exact_duration(one) for one in (0, 0.5, 90, 600, 7200)] == ["0", "0.5s", "90s", "10m", "2h"]

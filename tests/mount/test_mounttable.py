@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from weightfs.errors import MountError
 from weightfs.mount import mounttable
 from weightfs.mount.mounttable import Health, Mount, bounded, canonical, parse_mountinfo, probe
+from weightfs.mount.serve import Mounted
+from weightfs.mount.stats import MountStats
 
 TEXT = """\
 22 28 0:21 / /proc rw,nosuid,nodev,noexec,relatime shared:12 - proc proc rw
@@ -38,6 +41,30 @@ def test_canonical_resolves_links_and_dots(tmp_path: Path) -> None:
 
 def test_a_probe_of_a_plain_directory_finds_it_alive(tmp_path: Path) -> None:
     assert probe(tmp_path) is Health.ALIVE
+
+
+@pytest.fixture
+def no_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An interpreter that nobody may run, in the place of ours."""
+    python = tmp_path / "python"
+    python.write_text("")
+    monkeypatch.setattr(sys, "executable", str(python))
+    return python
+
+
+def test_a_probe_that_cannot_be_started_is_said(no_python: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        MountError, match=rf"{no_python} cannot be started \(Permission denied\): make it exec"
+    ):
+        probe(tmp_path)
+
+
+@pytest.mark.usefixtures("no_python")
+async def test_a_mount_that_cannot_be_asked_has_not_answered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not await Mounted(tmp_path, "0:1", MountStats()).probe()
+    assert "cannot be started" in caplog.text
 
 
 def test_bounded_work_gives_its_result_its_error_or_up() -> None:

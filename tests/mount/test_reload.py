@@ -45,7 +45,7 @@ def test_what_counts_at_once_and_what_at_the_next_start(tmp_path: Path, refs: li
         )
         told = json.loads(daemon.cli("reload", "--json").stdout)
         assert told == {
-            "at_next_start": ["max-jobs, retry or retry-delay", "allow-other", "metrics-listen"],
+            "at_next_start": ["max-jobs", "allow-other", "metrics-listen"],
             "added": [two],
         }
         until(lambda: two in [ref["ref"] for ref in daemon.status()["refs"]], "the new ref is there")

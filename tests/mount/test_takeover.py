@@ -252,7 +252,7 @@ async def test_other_options_or_no_mount_any_more_is_a_new_mount(
     async with life(place, keeper):
         keeper.leaving = True
     async with life(place, keeper, options=MountOptions(allow_other=True)):
-        assert "allow_other=False, which is True now" in caplog.text
+        assert "its allow-other was false, and is to be true" in caplog.text
         assert await content(place) == pattern("a", 0, SIZE)
         keeper.leaving = True
     take_away(place, lazy=False)

@@ -356,7 +356,7 @@ async def test_pages_without_end_are_refused(hub: Hub, repo: Repo, monkeypatch: 
         ("org/secret", "", FailureKind.AUTH, ["private or is gated", "HF_TOKEN"]),
         ("org/none", TOKEN, FailureKind.NOT_FOUND, ["does not exist", "another token"]),
         ("org/name@none", "", FailureKind.NOT_FOUND, ["no branch, tag or commit 'none'"]),
-        ("org/name", "hf_wrong", FailureKind.AUTH, ["renew"]),
+        ("org/name", "hf_wrong", FailureKind.AUTH, ["renew", "`weightfs reload`"]),
         (
             "org/gated",
             "",

@@ -123,7 +123,10 @@ async def test_wrong_credentials_are_told_from_none(
     guarded: DockerRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = write_docker_config(tmp_path / "config.json", guarded.host, "ann", "hunter2-wrong")
-    with caplog.at_level(logging.DEBUG), pytest.raises(SourceError, match="log in again") as caught:
+    with (
+        caplog.at_level(logging.DEBUG),
+        pytest.raises(SourceError, match=r"log in again; .* `weightfs reload`") as caught,
+    ):
         await resolve(guarded, docker_config=str(config))
     assert caught.value.kind is FailureKind.AUTH
     secret = base64.b64encode(b"ann:hunter2-wrong").decode()

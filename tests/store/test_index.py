@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,45 @@ def test_a_walk_that_does_not_end_is_given_up(directory: Path, monkeypatch: pyte
     monkeypatch.setattr(probe, "PROBE_TIMEOUT", 0.05)
     with pytest.raises(CacheCorruptError, match="does not answer"):
         Index.open(directory)
+
+
+def test_a_walk_that_somebody_ended_is_no_damage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The OOM killer may choose the walker; Ctrl-C on the terminal reached it, too, and set a sound index aside."""
+    Index.open(directory).abandon()
+    for how in (
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        "raise KeyboardInterrupt",
+        "import none",
+    ):
+        monkeypatch.setattr(probe, "_WALK", how)
+        with pytest.raises(CacheError, match=r"was ended .*: try again") as caught:
+            Index.open(directory)
+        assert type(caught.value) is CacheError, "and so it is not set aside"
+    monkeypatch.undo()
+    Index.open(directory).close()
+
+
+def test_ctrl_c_on_the_terminal_does_not_reach_a_walk(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Index.open(directory).abandon()
+    alone = "import os, sys; print(os.getpgrp() == os.getpid(), file=sys.stderr); sys.exit(4)"
+    monkeypatch.setattr(probe, "_WALK", alone)
+    with pytest.raises(CacheCorruptError, match="True"):
+        Index.open(directory)
+
+
+def test_a_walk_that_cannot_begin_is_no_damage(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Index.open(directory).abandon()
+    (tmp_path / "python").write_text("")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(
+        CacheError, match=r"cannot be started \(Permission denied\): make it executable"
+    ) as caught:
+        Index.open(directory)
+    assert type(caught.value) is CacheError
 
 
 def test_room_is_kept_for_a_full_disk(directory: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -419,6 +420,7 @@ def test_a_damaged_index_is_set_aside_and_its_copy_takes_its_place(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"{root.with_name('trial')}/index is damaged" in done.stderr
+    assert "next start" not in done.stderr, "it is this one"
     assert_goes_on_from_its_copy(root, sample, caplog)
 
 
@@ -483,6 +485,7 @@ def test_without_a_good_copy_the_index_is_empty_and_no_data_file_is_deleted(
         cache = Cache.open(root, now=1)
     assert f"{copy} is damaged, and not used" in caplog.text
     assert "starts with an empty index" in caplog.text
+    assert "next start" not in caplog.text, "it is this one"
     assert cache.refs() == []
     assert cache.path(sample.id).stat().st_size == len(sample.data)
     cache.close()
@@ -518,6 +521,58 @@ def test_damage_that_is_found_in_use_is_told_to_the_next_start_and_not_copied(
     cache.close()
     caplog.clear()
     assert_goes_on_from_its_copy(root, sample, caplog)
+
+
+def the_copy(root: Path) -> tuple[str, int]:
+    """Its name and its inode, which another copy has not."""
+    (copy,) = (root / "index.copy").iterdir()
+    return copy.name, copy.stat().st_ino
+
+
+def test_an_index_that_has_not_changed_is_not_copied_again(root: Path) -> None:
+    """So `ls` and `status` of a large idle cache write no megabytes when they end."""
+    filled(root)
+    before = the_copy(root)
+    for _ in range(2):
+        cache = Cache.open(root, now=2)
+        cache.refs()
+        cache.close()
+        assert the_copy(root) == before
+    spoil(root, "gone")
+    cache = Cache.open(root, now=3)
+    assert [stored.manifest.ref for stored in cache.refs()] == ["https://host/m.gguf"]
+    cache.close()
+
+
+def test_what_has_changed_is_in_the_copy_that_a_close_leaves(root: Path) -> None:
+    sample = filled(root)
+    changes: list[Callable[[Cache], object]] = [
+        lambda cache: cache.mark_ref("https://host/m.gguf", pinned=True),
+        lambda cache: cache.drop(sample.id, ChunkSpan(1, 2)),
+    ]
+    for change in changes:
+        before = the_copy(root)
+        cache = Cache.open(root, now=2)
+        change(cache)
+        cache.close()
+        assert the_copy(root) != before
+    spoil(root, "gone")
+    cache = Cache.open(root, now=3)
+    assert list(cache.progress(sample.id).present) == [0, 2, 3]
+    (stored,) = cache.refs()
+    assert stored.pinned
+    cache.close()
+
+
+def test_a_copy_that_is_gone_or_that_a_crash_has_outdated_is_made_again(root: Path, tmp_path: Path) -> None:
+    filled(root)
+    before = the_copy(root)
+    (root / "index.copy" / before[0]).unlink()
+    Cache.open(root, now=2).close()
+    crashed = killed(root, tmp_path / "copy")
+    before = the_copy(crashed)
+    Cache.open(crashed, now=3).close()
+    assert the_copy(crashed) != before
 
 
 def test_a_read_only_cache_is_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

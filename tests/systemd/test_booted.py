@@ -321,6 +321,7 @@ def test_a_stop_leaves_nothing(machine: Machine, read: Callable[[], None]) -> No
     try:
         machine.run("systemctl", "stop", "ollama.service", SERVICE)
         assert machine.show(SERVICE, "Result") == "success"
+        assert machine.show(SERVICE, "StatusText") == "unmounted; what has landed is kept"
         stopped = [
             int(machine.show(unit, "InactiveEnterTimestampMonotonic")) for unit in ("ollama.service", SERVICE)
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,15 @@ def test_twice_is_once_and_nothing_stays(installer: Installer, tmp_path: Path) -
     installer("uninstall")
     assert list(contents(tree)) == ["lib/systemd/system/other.service"]
     assert not list(tree.rglob("*weightfs*"))
+
+
+def test_what_an_installed_page_leads_to_is_installed(installer: Installer, tmp_path: Path) -> None:
+    installer("units")
+    pages = list((tmp_path / "dest/usr/local/share/doc/weightfs").rglob("*.md"))
+    assert len(pages) > 5
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} leads to {link}"
 
 
 def test_other_places(installer: Installer, tmp_path: Path) -> None:

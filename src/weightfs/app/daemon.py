@@ -97,7 +97,10 @@ def run_mount(
         signum = trio.run(partial(run_until_signal, work, last_resort=detach_at_once, leave=store.leave))
     except BaseExceptionGroup as group:
         raise most_telling(group) from group
-    return supervisor.AGAIN if signum == signal.SIGUSR1 else 0
+    if signum == signal.SIGUSR1:
+        return supervisor.AGAIN
+    notify.notify("STATUS=unmounted; what has landed is kept")
+    return 0
 
 
 async def _serve(

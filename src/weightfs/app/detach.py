@@ -65,7 +65,8 @@ def _open_log(log_file: Path) -> int:
         return os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CacheError(
-            f"the log file {log_file} cannot be written: {error.strerror}; name another with --log-file"
+            f"the log file {log_file} cannot be written: {error.strerror}; run weightfs as the owner of its directory, "
+            "or name another with --cache or --log-file"
         ) from None
 
 

@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 # The names of configuration.md for those of the settings that are called otherwise.
 NAMES: Final = {
     "max_bytes": "max-size", "min_free_bytes": "min-free", "readahead_bytes": "readahead", "mirrors": "mirror",
-    "limits": "max-jobs, retry or retry-delay", "commit_bytes": "commit-size", "commit_seconds": "commit-interval",
+    "commit_bytes": "commit-size", "commit_seconds": "commit-interval",
 }  # fmt: skip
+# Of the planner's bounds, which are one setting of the engine's; what follows from these is not named.
+LIMITS: Final = {"max_jobs": "max-jobs", "max_retries": "retry", "backoff_base": "retry-delay"}
 
 
 class Order(Protocol):
@@ -102,7 +104,9 @@ class Reloader:
             later += tuple(
                 n for n in ("cache", "metrics_listen") if getattr(order, n) != getattr(self._began, n)
             )
-            names = tuple(NAMES.get(name, name.replace("_", "-")) for name in later)
+            limits = _differing(self._engine.settings.limits, order.engine.limits)
+            names = tuple(LIMITS[name] for name in limits if name in LIMITS)
+            names += tuple(NAMES.get(name, name.replace("_", "-")) for name in later if name != "limits")
             known = {identity(stored.manifest.ref) for stored in self._engine.refs()}
             new = [ref for ref in order.refs if identity(str(ref)) not in known]
             self._ask(new)

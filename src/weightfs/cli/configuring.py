@@ -21,6 +21,8 @@ from weightfs.cli.options import (
 )
 from weightfs.errors import ConfigError, RefError
 
+SIZES = frozenset({"max-size", "min-free", "readahead", "commit-size"})  # the settings in bytes
+
 
 @click.group(
     "config",
@@ -92,18 +94,25 @@ def lines(settings: list[tuple[str, Any, str]]) -> list[str]:
     """Key, value and place, aligned."""
     from weightfs.logs import one_line
 
-    texts = [(key, one_line(_shown(value)), one_line(place)) for key, value, place in settings]
+    texts = [(key, one_line(_shown(key, value)), one_line(place)) for key, value, place in settings]
     first = max(len(key) for key, _, _ in texts)
     second = min(max(len(value) for _, value, _ in texts), 48)
     return [f"{key:<{first}}  {value:<{second}}  {place}" for key, value, place in texts]
 
 
-def _shown(value: Any) -> str:
+def _shown(key: str, value: Any) -> str:
+    """As it may be written into the file. Whatever is not a whole number is seconds."""
+    from weightfs.units import exact_duration, exact_size
+
     match value:
         case None | []:
             return "-"
         case bool():
             return "true" if value else "false"
-        case str() | int() | float():
-            return f"{value:g}" if isinstance(value, float) else str(value)
+        case float():
+            return exact_duration(value)
+        case int() if key in SIZES:
+            return exact_size(value)
+        case str() | int():
+            return str(value)
     return json.dumps(value)

@@ -79,7 +79,7 @@ def stacks(ctx: click.Context, /, as_json: bool, **_: object) -> int:
         document = _ask(load_config(ctx), lambda daemon: daemon.stacks())
     except DaemonError as error:
         raise DaemonError(
-            f"{error}; if it hangs, `kill -USR2 PID` has it write its threads' stacks to its log"
+            f"{error}; a daemon that hangs writes its threads' stacks to its log at `kill -USR2 PID`"
         ) from None
     _show(document, stacks_lines, as_json=as_json)
     return 0

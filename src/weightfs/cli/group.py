@@ -81,6 +81,9 @@ def _verdict(error: BaseException) -> tuple[int, str]:
             code, text = 128 + error.signum, str(error)
         case KeyboardInterrupt() | click.Abort():
             code, text = 128 + signal.SIGINT, "stopped"
+        case click.exceptions.NoArgsIsHelpError():
+            click.echo(error.format_message(), err=True)  # as it is: its lines are its sense
+            code, text = error.exit_code, ""
         case click.UsageError():
             path = error.ctx.command_path if error.ctx is not None else "weightfs"
             code, text = error.exit_code, f"{_sentence(error.format_message())}; see `{path} --help`"

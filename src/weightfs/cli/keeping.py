@@ -43,7 +43,8 @@ POLL = 0.5  # seconds between two looks at the progress
 def verify(ctx: click.Context, /, refs: tuple[str, ...], repair: bool, as_json: bool, **_: object) -> int:
     """Compare what is cached of the REFs (of all, if none is named) with its recorded digests.
 
-    Ends with 0 if all is as it should be, or was repaired, and with 4 if not.
+    Ends with 0 if all is as it should be, or was repaired, and with 4 if not. Without --repair nothing is changed: what
+    is damaged is read as it is.
     """
     config = load_config(ctx)
     parsed = parse_refs(refs)
@@ -108,23 +109,24 @@ def verdict(reports: Sequence[Document], *, repair: bool) -> str:
             "there is one"
         )
     damaged = [report["ref"] for report in reports if not report["ok"]]
-    way_out = "remove it and pull it again" if repair else "run verify with --repair"
+    way_out = (
+        "remove it and pull it again" if repair else "it is read as it is until you run verify with --repair"
+    )
     return f"what is cached of {', '.join(damaged)} is not what was recorded; {way_out}"
 
 
 def report_lines(report: Document) -> list[str]:
     """One ref's report for people."""
     from weightfs.logs import redact_url
-    from weightfs.units import format_size
+    from weightfs.units import counted, format_size
 
     name = redact_url(report["ref"])
     verdict = "ok" if report["ok"] else "DAMAGED"
-    lines = [
-        f"{name}: {verdict}, {report['checked_chunks']} chunks ({format_size(report['checked_bytes'])}) checked"
-    ]
+    checked = f"{counted(report['checked_chunks'], 'chunk')} ({format_size(report['checked_bytes'])})"
+    lines = [f"{name}: {verdict}, {checked} checked"]
     lines += [f"    {path}: chunk {chunk} is damaged" for path, chunk in report["bad"]]
     if report["repaired"]:
-        lines.append(f"    {report['repaired']} chunks were fetched again")
+        lines.append(f"    fetched again: {counted(report['repaired'], 'chunk')}")
     lines += [
         f"    {path}: quarantined, its digest is not the promised one" for path in report["quarantined"]
     ]

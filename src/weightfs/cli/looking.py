@@ -227,11 +227,13 @@ def long_lines(refs: Sequence[Document]) -> list[str]:
 
 
 def _warning_lines(document: Document) -> list[str]:
+    from weightfs.units import counted
+
     counts = (
-        (document["mismatched_chunks"], "chunks did not match their list and were fetched elsewhere"),
-        (document["disk_faults"], "chunks that the disk did not keep"),
+        (document["mismatched_chunks"], "refused, since not what the list says, and asked for again"),
+        (document["disk_faults"], "that the disk did not keep"),
     )
-    lines = [f"warning: {count} {text}" for count, text in counts if count]
+    lines = [f"warning: {counted(count, 'chunk')} {text}" for count, text in counts if count]
     if document["disk"] != "healthy":
         lines.append(f"disk: {document['disk']}")
     if document["paused"]:
@@ -243,7 +245,7 @@ def _warning_lines(document: Document) -> list[str]:
 
 def status_lines(document: Document) -> list[str]:
     """The status for people."""
-    from weightfs.units import format_duration, format_size
+    from weightfs.units import counted, format_duration, format_size
 
     if document["role"] == "mount":
         head = f"serving {document['mountpoint']} (pid {document['pid']}, for {format_duration(document['uptime'])})"
@@ -251,7 +253,7 @@ def status_lines(document: Document) -> list[str]:
         head = "idle: no daemon has this cache"
     else:
         head = f"weightfs {document['role']} is at work (pid {document['pid']})"
-    held = f"{format_size(document['cache_bytes'])} in {len(document['refs'])} refs"
+    held = f"{format_size(document['cache_bytes'])} in {counted(len(document['refs']), 'ref')}"
     lines = [head, f"cache {document['cache']}: {held}, {format_size(document['free_bytes'])} free"]
     lines += _limit_lines(document)
     if document["fetched_bytes"]:

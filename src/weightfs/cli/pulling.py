@@ -85,8 +85,9 @@ def pull(
         signum = trio.run(work.run)
     if signum is not None:
         raise Stopped(signum, work.kept())
-    work.tell(as_json=as_json)
-    return 0 if allow_unverifiable or not work.unproven() else IntegrityError.exit_code
+    unproven = [] if allow_unverifiable else work.unproven()
+    work.tell(unproven, as_json=as_json)
+    return IntegrityError.exit_code if unproven else 0
 
 
 class Pull:
@@ -198,8 +199,8 @@ class Pull:
         present = format_size(sum(self.present.values()))
         return f"stopped; {present} are kept in {self._config.cache}, and the same command goes on from there"
 
-    def tell(self, *, as_json: bool) -> None:
-        """The result, on stdout; what could not be proven, on stderr."""
+    def tell(self, unproven: list[str], *, as_json: bool) -> None:
+        """The result, on stdout; what had to be proven and could not, on stderr."""
         from weightfs.logs import redact_url
         from weightfs.units import format_size
 
@@ -208,7 +209,7 @@ class Pull:
         for name, document in self.done.items():
             if not as_json:
                 click.echo(f"{redact_url(name)}: {format_size(document['size_bytes'])}, {document['trust']}")
-        for name in self.unproven():
+        for name in unproven:
             say(
                 f"{redact_url(name)} is complete, but its origin gives no digest to verify it with; "
                 "add #sha256=<hex> to the ref, or --chunks, or accept it with --allow-unverifiable"

@@ -144,8 +144,10 @@ def _pause_all(ctx: click.Context, role: str, *, paused: bool, as_json: bool) ->
     elif paused:
         click.echo("everything is paused; what readers and `weightfs pull` wait for is still fetched")
     elif still:
+        from weightfs.units import counted
+
         click.echo(
-            f"resumed, but for {len(still)} refs that are paused by themselves; `weightfs ls -l` shows them"
+            f"resumed, but for {counted(len(still), 'ref')} paused by name; `weightfs status` shows which"
         )
     else:
         click.echo("resumed")

@@ -32,7 +32,8 @@ PAUSE_PER_SECOND: Final = 20.0  # of waiting for an answer: at most five percent
 MIN_INTERVAL: Final = 0.2  # seconds
 MAX_INTERVAL: Final = 3600.0
 SMOOTHING: Final = 0.3  # the weight of the latest rate: a request of fill lasts about a second
-NARROW: Final = 72  # columns; below, sizes and trust make room for the name
+WIDE: Final = 96  # columns; below, the bar makes room for the name
+NARROW: Final = 78  # and below, sizes and trust do
 MIN_NAME: Final = 8
 BAR: Final = 10
 SNAPSHOT_LINES: Final = 1000  # where no terminal says how many there is room for
@@ -175,17 +176,19 @@ async def _quit_key() -> None:
 
 def top_lines(document: Document, rates: Rates, width: int, height: int) -> list[str]:
     """At most `height` lines of at most `width` columns."""
+    from weightfs.units import counted
+
     lines = _head(document, rates)
     refs = sorted(document["refs"], key=lambda ref: _order(ref, rates.by_ref))
     name = _name_width(refs, width)
     lines += ["", _row(("MODEL", "TRUST", "SIZE", "HERE", "", "RATE", "LEFT", "WAIT"), name, width)]
     for number, ref in enumerate(refs):
-        more = [_row(_cells(ref, rates.by_ref), name, width), *_notes(ref)]
+        more = [_row(_cells(ref, rates.by_ref, name), name, width), *_notes(ref)]
         left = len(refs) - number - 1
         # One line is kept for the count of those for which there is no room.
         if len(lines) + len(more) > height - (1 if left else 0):
             more = more[: max(0, height - 1 - len(lines))]
-            lines += [*more, f"… and {left + (0 if more else 1)} more models"]
+            lines += [*more, f"… and {counted(left + (0 if more else 1), 'more model')}"]
             break
         lines += more
     if not refs:
@@ -194,7 +197,7 @@ def top_lines(document: Document, rates: Rates, width: int, height: int) -> list
 
 
 def _head(document: Document, rates: Rates) -> list[str]:
-    from weightfs.units import format_duration, format_size
+    from weightfs.units import counted, format_duration, format_size
 
     if document["mountpoint"]:
         who = f"serving {document['mountpoint']}"
@@ -207,16 +210,16 @@ def _head(document: Document, rates: Rates) -> list[str]:
         f"cache {format_size(document['held_bytes'])}{most}",
         f"{format_size(document['free_bytes'])} free",
         f"{format_size(rates.total)}/s",
-        f"{len(document['jobs'])} requests in flight",
+        f"{counted(len(document['jobs']), 'request')} in flight",
     ]
     lines = [f"{who}{uptime}", ", ".join(parts)]
     if document["paused"]:
         lines.append("paused: nothing is fetched that nobody waits for")
     faults = [
-        f"{document[key]} {text}"
+        f"{counted(document[key], 'chunk')} {text}"
         for key, text in (
-            ("mismatched_chunks", "chunks came damaged"),
-            ("disk_faults", "chunks the disk did not keep"),
+            ("mismatched_chunks", "came damaged"),
+            ("disk_faults", "the disk did not keep"),
         )
         if document[key]
     ]
@@ -233,7 +236,7 @@ def _order(ref: Document, rates: Mapping[str, float]) -> tuple[bool, bool, bool,
     return not urgent, not rates.get(ref["ref"]), bool(ref["complete"]), ref["ref"]
 
 
-def _cells(ref: Document, rates: Mapping[str, float]) -> tuple[str, ...]:
+def _cells(ref: Document, rates: Mapping[str, float], name: int) -> tuple[str, ...]:
     from weightfs.units import format_duration, format_size
 
     size, present = ref["size_bytes"], ref["present_bytes"]
@@ -243,7 +246,7 @@ def _cells(ref: Document, rates: Mapping[str, float]) -> tuple[str, ...]:
     marks = "".join(f" ({mark})" for mark in ("pinned", "paused") if ref.get(mark))
     bar = "#" * (BAR if ref["complete"] else min(BAR - 1, percent * BAR // 100))
     return (
-        _plain(ref["ref"]) + marks,
+        shortened(_plain(ref["ref"]), max(MIN_NAME, name - len(marks))) + marks,
         ref["trust"],
         format_size(size),
         f"{percent}%",
@@ -256,12 +259,12 @@ def _cells(ref: Document, rates: Mapping[str, float]) -> tuple[str, ...]:
 
 def _notes(ref: Document) -> list[str]:
     """What is wrong with a ref: one line for its errors, one for each mirror with faults, three at most."""
-    from weightfs.units import format_size
+    from weightfs.units import counted, format_size
 
     lines = []
     failing = [file for file in ref["files"] if file["error"]]
     if failing:
-        more = f" (and {len(failing) - 1} more files)" if len(failing) > 1 else ""
+        more = f" (and {counted(len(failing) - 1, 'more file')})" if len(failing) > 1 else ""
         lines.append(f"    ! {_plain(failing[0]['error'])}{more}")
     mirrors: dict[str, list[Document]] = {}
     for file in ref["files"]:
@@ -272,20 +275,20 @@ def _notes(ref: Document) -> list[str]:
         faults, wrong = (sum(one[key] for one in scores) for key in ("faults", "mismatches"))
         rate = max((one["rate"] or 0.0 for one in scores), default=0.0)
         benched = max(one["benched_for"] or 0.0 for one in scores)
-        told = f"{faults} faults, {wrong} wrong chunks, {format_size(rate)}/s"
+        told = f"{counted(faults, 'fault')}, {counted(wrong, 'wrong chunk')}, {format_size(rate)}/s"
         lines.append(f"    ! {told}{f', left alone for {benched:.0f}s' if benched else ''}: {_plain(url)}")
     return lines
 
 
 def _name_width(refs: Sequence[Document], width: int) -> int:
     longest = max((len(ref["ref"]) + 18 for ref in refs), default=MIN_NAME)
-    return max(MIN_NAME, min(longest, width - sum(_columns(width)) - 2 * len(_columns(width))))
+    return max(MIN_NAME, min(longest, width - sum(2 + room for room in _columns(width) if room)))
 
 
 def _columns(width: int) -> tuple[int, ...]:
     """The widths of the columns after the name; 0 leaves one out."""
-    trust, size, bar = (12, 9, BAR) if width >= NARROW else (0, 0, 0)
-    return trust, size, 4, bar, 11, 9, 4
+    trust, size = (12, 9) if width >= NARROW else (0, 0)
+    return trust, size, 4, BAR if width >= WIDE else 0, 11, 9, 4
 
 
 def _row(cells: Sequence[str], name: int, width: int) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from weightfs.errors import MountError
+from weightfs.interpreter import not_started
 
 SUBTYPE = "weightfs"
 FSTYPE = f"fuse.{SUBTYPE}"
@@ -119,13 +120,19 @@ except OSError as error:
 
 
 def probe(path: Path, timeout: float = PROBE_TIMEOUT) -> Health:
-    """Ask the mount at `path` for its statvfs, in a subprocess (`stat` may be answered from a cache)."""
-    process = subprocess.Popen(  # noqa: S603 - our own interpreter
-        [sys.executable, "-I", "-S", "-c", _PROBE, str(path)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    """Ask the mount at `path` for its statvfs, in a subprocess (`stat` may be answered from a cache).
+
+    MountError if that process cannot be started.
+    """
+    try:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter
+            [sys.executable, "-I", "-S", "-c", _PROBE, str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError as error:
+        raise MountError(f"whether {path} answers cannot be found out: {not_started(error)}.") from None
     try:
         code = process.wait(timeout)
     except subprocess.TimeoutExpired:

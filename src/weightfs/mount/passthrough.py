@@ -41,6 +41,7 @@ from typing import Any, NoReturn
 import pyfuse3
 import trio
 
+from weightfs.interpreter import not_started
 from weightfs.mount.inodes import DIRECT
 
 TESTED = frozenset({"3.5.0"})  # versions of pyfuse3 whose handler of OPEN was read, and is what is said above
@@ -224,21 +225,24 @@ class Passthrough:
 
     def _run_client(self, place: Path, count: int) -> tuple[bytes, str]:
         """What another process reads there, and what it says of a failure."""
-        process = subprocess.Popen(  # noqa: S603 - our own interpreter
-            [sys.executable, "-I", "-S", "-c", _CLIENT, str(place), str(count)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        try:
+            process = subprocess.Popen(  # noqa: S603 - our own interpreter
+                [sys.executable, "-I", "-S", "-c", _CLIENT, str(place), str(count)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        except OSError as error:
+            return b"", not_started(error)
         self._tester = process.pid  # it waits until we know
         try:
-            read, error = process.communicate(b"\n", SELF_TEST_TIMEOUT)
+            read, said = process.communicate(b"\n", SELF_TEST_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             # It may be in an unkillable wait: it is reaped whenever that ends, and nobody waits for it here.
             threading.Thread(target=process.communicate, daemon=True, name="weightfs-self-test").start()
             return b"", f"no end within {SELF_TEST_TIMEOUT:g} s"
-        return read, error.decode(errors="replace").strip()
+        return read, said.decode(errors="replace").strip()
 
     def open_private(self, private: Private, ctx: pyfuse3.RequestContext) -> NoReturn:
         """Answer an open of the self-test's file. FUSEError: this was the first, or something is not as it must be."""

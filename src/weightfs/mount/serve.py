@@ -57,7 +57,11 @@ class Mounted:
         health = mounttable.Health.SILENT
         with trio.move_on_after(timeout):
             ask = partial(mounttable.probe, self.path, timeout)
-            health = await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=self._limiter)
+            try:
+                health = await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=self._limiter)
+            except MountError as error:
+                _log.warning("%s", error)
+                return False
         if health is mounttable.Health.SILENT:
             _log.warning("The mount at %s did not answer within %g s", self.path, timeout)
         elif health is mounttable.Health.STALE:

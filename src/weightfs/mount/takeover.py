@@ -160,7 +160,7 @@ def _resume(mountpoint: Path, options: MountOptions, fuse: int, memory: int) -> 
     facts = ledger.facts()
     for what, now in _terms(options).items():
         if facts.get(what) != now:
-            raise Unfit(f"it was made with {what}={facts.get(what)!r}, which is {now!r} now")
+            raise Unfit(f"its {what} was {facts.get(what)}, and is to be {now}".replace("_", "-").lower())
     if connection.path != mounttable.canonical(mountpoint):
         raise Unfit(f"it is at {connection.path}, not at {mountpoint}")
     if not any(mount.device == connection.device for mount in mounttable.mounts_at(connection.path)):

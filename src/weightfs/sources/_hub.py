@@ -107,7 +107,10 @@ class HubApi:
         page = _rules.label(self.page_of(name))
         way = "set HF_TOKEN to that account's token, or run `hf auth login`"
         if self._client.settings.hf_token:
-            way = "make sure that the token in use (HF_TOKEN, or of `hf auth login`) is that account's"
+            way = (
+                "make sure that the token in use (HF_TOKEN, or of `hf auth login`) is that account's; "
+                + _rules.NEW_SECRET
+            )
         return self._error(FailureKind.AUTH, page, f"is gated: accept its licence at {page}, and {way}")
 
     def _api_of(self, name: HubName) -> str:
@@ -136,7 +139,7 @@ class HubApi:
             case "EntryNotFound", _:
                 kind, what = FailureKind.NOT_FOUND, f"has no files at {name.revision!r}"
             case _, 401 if has_token:
-                kind, what = FailureKind.AUTH, f"cannot be read with {token}: renew it"
+                kind, what = FailureKind.AUTH, f"cannot be read with {token}: renew it; {_rules.NEW_SECRET}"
             case _, 401:
                 kind, what = (
                     FailureKind.AUTH,
@@ -146,7 +149,7 @@ class HubApi:
             case _, 403:
                 kind = FailureKind.AUTH
                 what = (
-                    f"may not be read with {token}"
+                    f"may not be read with {token}: use one that may; {_rules.NEW_SECRET}"
                     if has_token
                     else "may not be read without a token: set HF_TOKEN"
                 )

@@ -141,7 +141,7 @@ class Repository:
         if self._client.tokens.used_credentials(parse_url(self._base + "/manifests/x")):
             return (
                 f"{self._host} does not let the user of docker's configuration read {what}; "
-                f"ask for access, or log in again with {login}"
+                f"ask for access, or log in again with {login}; {_rules.NEW_SECRET}"
             )
         if reply.url.scheme == "http" and not is_loopback(_rules.host_of(reply.url)):
             return f"{self._host} wants credentials for {what}, which are not sent over plain http"

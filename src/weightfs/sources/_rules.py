@@ -25,6 +25,8 @@ from weightfs.errors import FailureKind, SourceError
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # A signed URL answers with these when its time is over (S3: 403; others: 401, 404 or 410).
 EXPIRED = frozenset({401, 403, 404, 410})
+# The way on where a token or password was refused: docs/configuration.md, "Tokens".
+NEW_SECRET = "a running mount takes another one from a file by `weightfs reload`, else by a restart"  # noqa: S105
 MAX_LABEL = 300
 MAX_URL = 16 * 1024  # signed URLs of several KiB exist
 

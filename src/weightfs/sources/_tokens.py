@@ -245,7 +245,10 @@ def _explained(
             f"if it is private, run docker login {host}"
         )
     else:
-        what = f"does not accept the credentials that docker's configuration has for {host}; log in again"
+        what = (
+            f"does not accept the credentials that docker's configuration has for {host}; log in again; "
+            + _rules.NEW_SECRET
+        )
     return _rules.failure(FailureKind.AUTH, realm, what, status=error.status)
 
 

@@ -8,6 +8,8 @@ Rules that hold here:
 - Whoever goes on from a copy counts every blob as one that was whole once: it may be mapped, and is not punched.
 - A damaged index is renamed to `<cache>/index.damaged`, never deleted, until another one is damaged.
 - A damaged index is not copied: the last good copy stays.
+- An index that has not changed since its copy was made is not copied again. A clean close notes which copy that is, and
+  the next start takes the note away; an older weightfs leaves the note, and removes the copy that it names.
 - A copy that cannot be made is a warning: the cache works without.
 """
 
@@ -23,23 +25,30 @@ from pathlib import Path
 
 from weightfs.errors import CacheError
 from weightfs.store.disk import disk_errors, sync_directory
-from weightfs.store.index import Index
+from weightfs.store.index import Index, Txn
 
 log = logging.getLogger(__name__)
 
 COPIES, ASIDE = "index.copy", "index.damaged"
 _RESTORED = "restored"  # beside data.mdb, until the first transaction on a copy was committed
+_COPIED = b"copied"  # in the table meta
 _NAME = re.compile(r"[0-9a-f]{64}\.mdb")
 # After a copy no other is made for so many times as long as it took: copying takes a tenth of the time at most.
 _REST = 9.0
 
 
 class Copier:
-    """Makes copies of one open index."""
+    """Makes copies of one open index.
 
-    def __init__(self, root: Path, index: Index) -> None:
+    Args:
+        copied: The name of the copy that has all that the index has, as the last close noted it; None: there is none.
+    """
+
+    def __init__(self, root: Path, index: Index, copied: str | None) -> None:
         self._directory = root / COPIES
         self._index = index
+        self._copied = copied
+        self._copied_at = index.writes
         self._not_before = 0.0
 
     def changed(self) -> None:
@@ -47,18 +56,29 @@ class Copier:
         if time.monotonic() >= self._not_before:
             self.copy()
 
+    def finish(self) -> str | None:
+        """Copy the index, unless there is a copy that has all of it. The name of that copy; None: it failed. Blocks."""
+        if (
+            self._copied is None
+            or self._copied_at != self._index.writes
+            or not (self._directory / self._copied).is_file()
+        ):
+            self.copy()
+        return self._copied
+
     def copy(self) -> None:
         """Copy the index. Blocks; never fails."""
         began = time.monotonic()
+        self._copied, self._copied_at = None, self._index.writes
         try:
             with disk_errors(f"write to {self._directory}"):
-                self._copy()
+                self._copied = self._copy()
         except CacheError as error:
             log.warning("no copy of the index was made: %s", error)
         ended = time.monotonic()
         self._not_before = ended + _REST * (ended - began)
 
-    def _copy(self) -> None:
+    def _copy(self) -> str:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         fresh = self._directory / "new"
         fresh.unlink(missing_ok=True)
@@ -77,6 +97,22 @@ class Copier:
         for path in self._directory.iterdir():
             if path.name != name:
                 path.unlink()
+        return name
+
+
+def take_note(txn: Txn) -> str | None:
+    """What the last close noted, and no longer: from now on the index may differ."""
+    note = txn.get("meta", _COPIED)
+    if note is None:
+        return None
+    txn.delete("meta", _COPIED)
+    name = note.decode(errors="replace")
+    return name if _NAME.fullmatch(name) else None
+
+
+def put_note(txn: Txn, copied: str) -> None:
+    """This copy has all that the index has but the state, which says nothing of a copy."""
+    txn.put("meta", _COPIED, copied.encode())
 
 
 def set_aside(root: Path) -> Path:

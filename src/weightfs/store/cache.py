@@ -30,7 +30,7 @@ from weightfs.errors import CacheError
 from weightfs.store import backup, evicting, ledger, lockfile, opening, refs, trial
 from weightfs.store.disk import disk_errors
 from weightfs.store.evicting import Use
-from weightfs.store.index import Index, Txn
+from weightfs.store.index import Txn
 from weightfs.store.landing import Recorder
 from weightfs.store.ledger import Landing
 from weightfs.store.records import (
@@ -62,21 +62,21 @@ class Progress:
 class Cache:
     """An open cache directory. Close it, or the next start counts this stop as a crash."""
 
-    def __init__(self, root: Path, lock: int, index: Index, files: SparseFiles, state: opening.State) -> None:
+    def __init__(self, root: Path, lock: int, opened: opening.Opened, files: SparseFiles) -> None:
         self.root = root
-        self.epoch = state.epoch
-        self.instance = state.instance
-        self.was_clean = True
+        self.epoch = opened.state.epoch
+        self.instance = opened.state.instance
+        self.was_clean = opened.was_clean
         self._lock = lock
-        self._index = index
+        self._index = opened.index
         self._files = files
-        self._recorder = Recorder(index, files, state.epoch)
-        self._state = state
+        self._recorder = Recorder(opened.index, files, opened.state.epoch)
+        self._state = opened.state
         self._changes = threading.Lock()
         self._preparing = threading.Lock()
         self._prepared: set[BlobId] = set()
         self._closed = False
-        self._copier = backup.Copier(root, index)
+        self._copier = backup.Copier(root, opened.index, opened.copied)
 
     @classmethod
     def open(cls, root: Path, *, create: bool = True, now: int) -> Cache:  # noqa: ARG003 - part of the interface
@@ -93,13 +93,12 @@ class Cache:
         lock = lockfile.acquire(root / "lock")
         try:
             files = SparseFiles(root / "blobs")
-            index, state, was_clean = opening.open_index(root, files)
+            opened = opening.open_index(root, files)
             try:
-                cache = cls(root, lock, index, files, state)
-                cache.was_clean = was_clean
+                cache = cls(root, lock, opened, files)
                 cache._delete_doomed()
             except BaseException:
-                index.abandon()
+                opened.index.abandon()
                 raise
         except BaseException:
             lockfile.release(lock)
@@ -118,8 +117,9 @@ class Cache:
                 return
             self._closed = True
             try:
-                self._copier.copy()  # before the clean flag: whoever goes on from a copy has to hash everything
-                self._index.write(lambda txn: opening.end(txn, self._files, self._state))
+                # Before the clean flag: whoever goes on from a copy has to hash everything.
+                copied = self._copier.finish()
+                self._index.write(lambda txn: opening.end(txn, self._files, self._state, copied))
                 self._index.close()
             except CacheError as error:
                 log.warning("the cache %s was not closed cleanly: %s", self.root, error)

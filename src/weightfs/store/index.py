@@ -5,6 +5,7 @@ Tables, keys and values (`records.py` has the encodings; "sealed" is explained t
     meta   "format"           ASCII decimal; readable by every version of weightfs, past and future
            "state"            sealed JSON: epoch, clean, instance
            "paused"           empty; there while nothing is to be fetched in the background
+           "copied"           the name of the copy that has all of this; there from a clean close to the next start
     ref    sha256(ref)        sealed JSON: ref, revision, tree, entries, added_at, previous revisions, pinned,
                               paused, fill
     raw    sha256(ref)        sealed: what the ref's origin said, byte for byte (at most `records.MAX_RAW`)
@@ -117,6 +118,7 @@ class Index:
         self._writer = threading.Lock()
         self._gate = _Gate()
         self._closed = False
+        self._writes = 0
         self._map_size: int = env.info()["map_size"]
         self._doubted = False  # a write failed, and the file was not renewed since
         self._lost = False  # it could not be opened again then: there is nothing to read
@@ -149,9 +151,15 @@ class Index:
             with self._env.begin() as txn:
                 yield Txn(txn, self._tables)
 
+    @property
+    def writes(self) -> int:
+        """How many writes have been begun: where it is as it was, so is the index."""
+        return self._writes
+
     def write(self, job: Callable[[Txn], T]) -> T:
         """Run `job` in a write transaction and sync it; its exception aborts. It may be run more than once."""
         with self._writer:
+            self._writes += 1
             while True:
                 self._check_open()
                 if self._doubted:

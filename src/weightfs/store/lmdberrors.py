@@ -33,7 +33,8 @@ def corrupt(directory: Path, what: str) -> CacheCorruptError:
     """The error for an index that cannot be read, with the way out."""
     return CacheCorruptError(
         f"the index {directory} is damaged ({what}): the next start of weightfs sets it aside, and goes on from its "
-        "copy, or from an empty index; no data file is deleted"
+        "copy, or from an empty index; no data file is deleted",
+        what=what,
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pwd
 import secrets
 import stat
 from collections.abc import Callable, Mapping
@@ -97,10 +98,20 @@ def make_directories(root: Path, *, create: bool) -> None:
                 path.chmod(0o700)
 
 
-def open_index(root: Path, files: SparseFiles) -> tuple[Index, State, bool]:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An index in use, and how it was found. `copied` names the copy that has all of it, if the last close made one."""
+
+    index: Index
+    state: State
+    was_clean: bool
+    copied: str | None
+
+
+def open_index(root: Path, files: SparseFiles) -> Opened:
     """The index, taken into use: of a damaged or missing one its copy, or an empty one if there is none.
 
-    Its state from now on, and whether the last stop was clean. CacheError, and its kinds.
+    CacheError, and its kinds.
     """
     if backup.is_missing(root) and backup.restore(root):
         log.error(
@@ -111,18 +122,20 @@ def open_index(root: Path, files: SparseFiles) -> tuple[Index, State, bool]:
         return _begin(root, files)
     except CacheCorruptError as error:
         wrong = error
+    index = root / "index"
     for restore in (backup.restore, lambda _: False):
         aside = backup.set_aside(root)
         restored = restore(root)
         if restored:
             log.error(
-                "%s; it is %s now, its copy takes its place, every chunk is hashed before it is used, and what landed "
-                "after the copy was made is fetched again", wrong, aside,
+                "the index %s is damaged (%s): it is %s now, its copy takes its place, every chunk is hashed before it "
+                "is used, and what landed after the copy was made is fetched again", index, wrong.what, aside,
             )  # fmt: skip
         else:
             log.error(
-                "%s; it is %s now, and weightfs starts with an empty index, since there is no good copy: add the refs "
-                "again that the configuration does not name", wrong, aside,
+                "the index %s is damaged (%s): it is %s now, and weightfs starts with an empty index, since there is "
+                "no good copy: add the refs again that the configuration does not name; no data file is deleted",
+                index, wrong.what, aside,
             )  # fmt: skip
         try:
             return _begin(root, files)
@@ -133,22 +146,22 @@ def open_index(root: Path, files: SparseFiles) -> tuple[Index, State, bool]:
     raise wrong
 
 
-def _begin(root: Path, files: SparseFiles) -> tuple[Index, State, bool]:
+def _begin(root: Path, files: SparseFiles) -> Opened:
     index = Index.open(root / "index")
     try:
         restored = backup.is_restored(root)
 
-        def job(txn: Txn) -> tuple[State, bool]:
+        def job(txn: Txn) -> tuple[State, bool, str | None]:
             if restored:
                 _whole_all(txn)
-            return begin(txn, files, root)
+            return (*begin(txn, files, root), backup.take_note(txn))
 
-        state, was_clean = index.write(job)
+        state, was_clean, copied = index.write(job)
         backup.settled(root)
     except BaseException:
         index.abandon()
         raise
-    return index, state, was_clean
+    return Opened(index, state, was_clean, copied)
 
 
 def begin(txn: Txn, files: SparseFiles, root: Path) -> tuple[State, bool]:
@@ -166,12 +179,14 @@ def begin(txn: Txn, files: SparseFiles, root: Path) -> tuple[State, bool]:
     return state, was_clean
 
 
-def end(txn: Txn, files: SparseFiles, state: State) -> None:
-    """Write the clean flag, and how every data file looks that is still the one which was read and written."""
+def end(txn: Txn, files: SparseFiles, state: State, copied: str | None) -> None:
+    """Write the clean flag, the name of the copy, and how every data file looks that was read and written."""
     for key in txn.keys("blob"):
         found = files.status(ledger.blob_id(key))
         if found is not None and files.identity(ledger.blob_id(key)) in (None, (found.st_dev, found.st_ino)):
             txn.put_sealed("file", key, encode_file(_mark_of(found)))
+    if copied is not None:
+        backup.put_note(txn, copied)
     put_state(txn, State(state.epoch, clean=True, instance=state.instance))
 
 
@@ -270,6 +285,14 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
         raise CacheError(f"{path} is not a directory: remove it, or choose another cache directory")
     if found.st_uid != os.geteuid():
         raise CacheError(
-            f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}: run weightfs as its owner, or choose "
-            "another cache directory"
+            f"{path} belongs to {user_name(found.st_uid)}, not to {user_name(os.geteuid())}: run weightfs as its "
+            "owner, or choose another cache directory"
         )
+
+
+def user_name(uid: int) -> str:
+    """Of a user; the number, if there is none of that number."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"

@@ -16,6 +16,7 @@ from pathlib import Path
 import lmdb
 
 from weightfs.errors import CacheError
+from weightfs.interpreter import not_started
 from weightfs.store.lmdberrors import corrupt
 from weightfs.store.records import RecordError, decode_ref, unseal
 
@@ -46,7 +47,9 @@ def ref_names(directory: Path, timeout: float) -> list[str]:
         raise CacheError(
             f"the index in {directory} was not read within {timeout:g} s; is the disk slow?"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CacheError(f"the index in {directory} cannot be looked into: {not_started(error)}") from None
+    except ValueError as error:
         raise CacheError(f"the process that reads the index in {directory} failed: {error}") from None
     if not isinstance(names, list):
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit {done.returncode}"]

@@ -18,6 +18,7 @@ from weightfs.config import Config
 from weightfs.control.client import find_daemon
 from weightfs.errors import ConfigError, DaemonError
 from weightfs.sources.base import FetchSettings
+from weightfs.units import counted
 
 DAEMON_SECONDS: Final = 3.0  # it answers from memory
 STEP_SECONDS: Final = 10.0  # more than any bound inside a probe: who is later hangs in the kernel
@@ -90,7 +91,7 @@ async def _look_into_cache(root: Path) -> tuple[list[Verdict], list[str]]:
                 if daemon is not None:
                     refs = [str(document["ref"]) for document in await daemon.refs()]
                     who = daemon.process
-                    text = f"process {who['pid']} ({who['role']}) has it open, and answers; {len(refs)} refs"
+                    text = f"process {who['pid']} ({who['role']}) has it open, and answers; {counted(len(refs), 'ref')}"
                     return [ok(name, text)], refs
         except DaemonError as error:
             return [problem(name, str(error))], []

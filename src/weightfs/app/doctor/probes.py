@@ -20,9 +20,11 @@ from weightfs.app.doctor import machine, storage
 from weightfs.app.doctor.verdicts import Verdict, ok, problem, warning
 from weightfs.config import Config
 from weightfs.engine.room import default_min_free
-from weightfs.errors import CacheError
+from weightfs.errors import CacheError, MountError
 from weightfs.mount import mounttable
 from weightfs.store import peek
+from weightfs.store.opening import user_name
+from weightfs.units import counted
 
 FUSE_CONF: Final = Path("/etc/fuse.conf")
 PARAMETERS: Final = Path("/sys/module/fuse/parameters")
@@ -99,7 +101,7 @@ def look_at_index(root: Path) -> tuple[list[Verdict], list[str]]:
         return [problem(name, f"it cannot be looked into: {error.strerror}; run as its owner")], []
     except CacheError as error:
         return [problem(name, str(error))], []
-    return [ok(name, f"nobody has it open; its index can be read, and has {len(refs)} refs")], refs
+    return [ok(name, f"nobody has it open; its index can be read, and has {counted(len(refs), 'ref')}")], refs
 
 
 def look_at_mounts() -> list[Verdict]:
@@ -109,8 +111,11 @@ def look_at_mounts() -> list[Verdict]:
         mount.path: mount for mount in mounttable.parse_mountinfo(text) if mount.fstype == mounttable.FSTYPE
     }
     chosen = list(found.values())[:MAX_MOUNTS]
-    with ThreadPoolExecutor(max_workers=MOUNTS_AT_ONCE) as pool:
-        healths = list(pool.map(lambda one: mounttable.probe(Path(one.path), MOUNT_SECONDS), chosen))
+    try:
+        with ThreadPoolExecutor(max_workers=MOUNTS_AT_ONCE) as pool:
+            healths = list(pool.map(lambda one: mounttable.probe(Path(one.path), MOUNT_SECONDS), chosen))
+    except MountError as error:  # the others would end alike
+        return [problem("mounts", str(error))]
     seen = [
         storage.Seen(one.path, health, _number(Path("/sys/class/bdi") / one.device / "read_ahead_kb"))
         for one, health in zip(chosen, healths, strict=True)
@@ -166,7 +171,9 @@ def _directory(root: Path) -> storage.Directory | None:
         found = root.stat()
     except FileNotFoundError:
         return None
-    return storage.Directory(found.st_mode, found.st_uid, os.access(root, os.W_OK | os.X_OK))
+    return storage.Directory(
+        found.st_mode, found.st_uid, os.access(root, os.W_OK | os.X_OK), user_name(found.st_uid)
+    )
 
 
 def _filesystem_of(place: Path) -> str:

@@ -23,11 +23,12 @@ WANTED_READ_AHEAD: Final = 4096  # KiB; what mount.session sets where it may
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """The cache directory as lstat(2) and access(2) show it."""
+    """The cache directory as lstat(2) and access(2) show it. `owner` is the name of its user, or the number."""
 
     mode: int
     uid: int
     writable: bool
+    owner: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,14 @@ def directory(path: str, found: Directory | None, uid: int, *, can_make: bool = 
     text = ""
     if not stat.S_ISDIR(found.mode):
         text = f"{path} is not a directory: remove it, or name another with --cache"
+    elif found.uid != uid and not uid:
+        text = (
+            f"{path} belongs to {found.owner}: root's commands reach a mount that has it; where none has, and for the "
+            "rest of this report, run weightfs as that user (runuser -u)"
+        )
+        return warning(name, text)
     elif found.uid != uid:
-        text = f"{path} belongs to user {found.uid}, not to {uid}: run as its owner, or name another with --cache"
+        text = f"{path} belongs to {found.owner}: run as that user, or name another with --cache"
     elif not found.writable:
         text = f"{path} cannot be written: remount its filesystem writable, or name another with --cache"
     elif found.mode & 0o022:
