@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from logging.handlers import RotatingFileHandler
@@ -37,26 +38,35 @@ PRIORITIES: Final = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>", "ERROR": "
 HANDLER_NAME: Final = "weightfs"
 LOG_FILE_BYTES: Final = 10 * 1024 * 1024  # of each of the two files that a detached daemon keeps
 
-_URL = re.compile(r"\b(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]{1,15})://(?P<rest>[^\s'\"<>]+)")
+_SCHEME = r"[a-zA-Z][a-zA-Z0-9+.-]{1,15}"
+# A URL may hold an apostrophe. Where one stands before it, it is `repr`'s, and the next one ends the URL.
+_URL = re.compile(rf"(?:(?<=')({_SCHEME})://([^\s'\"<>]+)|\b({_SCHEME})://([^\s\"<>]+))")
+_AUTHORITY = re.compile(r"(?:\[[^]]*\]|[^:]*)(?::\d*)?[.,:;)\]}]*")
+_DIGEST = re.compile(r"sha256=[0-9a-fA-F]+[.,:;)\]}]*")
 _NAMED = re.compile(
-    r"(?i)(?P<name>\b(?:proxy-)?authorization|\bx-api-key|\bapi[-_]key|\bset-cookie|\bcookie|\bpassword|\bsecret|\btoken)"
+    r"(?i)(?P<name>\b(?:proxy-)?authorization|\bx-api-key|\bapi[-_]key|\bset-cookie|\bcookie"
+    r"|(?:\b|(?<=_))(?:password|secret|token))"
     r"(?P<sep>['\"]?\s*[:=,]\s*(?-i:b(?=['\"]))?['\"]?)(?P<value>[^'\",;\r\n)\]}]+)"
 )
 _SCHEME_TOKEN = re.compile(r"(?i)\b(?P<kind>bearer|basic)\s+[a-z0-9._~+/=-]{6,}")
 
 
 def redact_url(url: str) -> str:
-    """The same URL without userinfo and query: both may hold secrets. A fragment (a digest) stays."""
+    """The same URL without userinfo and query: both may hold secrets. Of fragments only a digest stays."""
     return _URL.sub(_redact_match, url)
 
 
 def _redact_match(match: re.Match[str]) -> str:
-    rest = match["rest"]
+    scheme, rest = match[1] or match[3], match[2] or match[4]
     before, hash_mark, fragment = rest.partition("#")
     path, question, _ = before.partition("?")
     authority, slash, tail = path.partition("/")
     host = authority.rpartition("@")[2]
-    return f"{match['scheme']}://{host}{slash}{tail}{'?…' if question else ''}{hash_mark}{fragment}"
+    if not _AUTHORITY.fullmatch(host) and "@" in rest[len(authority) :]:
+        return f"{scheme}://…"  # a password with one of /?# in it: what follows is no path yet
+    digest = _DIGEST.match(fragment)
+    shown = digest[0] if digest else "…" if fragment else ""
+    return f"{scheme}://{host}{slash}{tail}{'?…' if question else ''}{hash_mark}{shown}"
 
 
 def redact(text: str) -> str:
@@ -64,6 +74,11 @@ def redact(text: str) -> str:
     text = _URL.sub(_redact_match, text)
     text = _SCHEME_TOKEN.sub(lambda match: f"{match['kind']} ***", text)
     return _NAMED.sub(lambda match: f"{match['name']}{match['sep']}***", text)
+
+
+def traceback_of(error: BaseException) -> str:
+    """As the interpreter would print it, without secrets: several lines, with an end."""
+    return redact("".join(traceback.format_exception(error)))
 
 
 def one_line(text: str) -> str:

@@ -250,6 +250,15 @@ def test_a_child_that_fails_by_our_fault(tmp_path: Path) -> None:
     assert "Traceback" in (tmp_path / "logs" / "log").read_text()
 
 
+@pytest.mark.parametrize("kind", ["errors.MountError", "RuntimeError"])
+def test_the_log_of_a_child_that_failed_has_no_secret(tmp_path: Path, kind: str) -> None:
+    """Regression: its last word went there as it was."""
+    detached(tmp_path, f"raise {kind}('https://h/f?sig=hunter2')")
+    log = (tmp_path / "logs" / "log").read_text()
+    assert "https://h/f?…" in log
+    assert "hunter2" not in log
+
+
 def test_a_child_that_ends_without_a_word(tmp_path: Path) -> None:
     done = detached(tmp_path, "os.kill(os.getpid(), 9)")
     assert done.returncode == 7

@@ -19,7 +19,7 @@ from weightfs.cli import cli
 from weightfs.cli.group import Stopped, report
 from weightfs.cli.keeping import report_lines, verdict
 from weightfs.cli.looking import aligned, long_lines, status_lines
-from weightfs.errors import FailureKind, ReadError, SourceError
+from weightfs.errors import FailureKind, ReadError, SourceError, UsageError
 from weightfs.testing.commands import invoke
 
 REF = "https://models.example.com/m.gguf"
@@ -220,6 +220,17 @@ def test_verbose_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (quiet.exit_code, "Traceback" in quiet.stderr, "-v" in quiet.stderr) == (1, False, True)
     loud = invoke(tmp_path, "ls", "-v")
     assert (loud.exit_code, "Traceback" in loud.stderr) == (1, True)
+
+
+def test_the_traceback_tells_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: it was the interpreter's own."""
+    error = UsageError("https://h.example/m.gguf?sig=hunter2 is unknown")
+    error.__cause__ = ValueError("Bearer hunter2")
+    assert report(error, verbose=True) == 2
+    said = capsys.readouterr().err
+    assert "ValueError: Bearer ***" in said
+    assert "UsageError: https://h.example/m.gguf?… is unknown" in said
+    assert "hunter2" not in said
 
 
 def test_help_and_version_import_no_machinery() -> None:

@@ -257,6 +257,9 @@ def test_relative_paths_belong_to_where_one_is(tmp_path: Path, monkeypatch: pyte
             "endpoint: the host docker.io has two endpoints; keep one of them",
         ),
         ("proxy = 'socks5://h:1'", "proxy: a proxy is written http://host:port"),
+        # Regression: `config show` took what is before the sign for the host, and showed it.
+        ("proxy = 'http://me:hunter2/3@h:1'", "proxy: a proxy is written http://host:port"),
+        ("proxy = 'http://me:hunter2#3@h:1'", "/ ? # in a password as %2F %3F %23"),
         ("cache = ''", "cache: '' is not a path"),
         ("log-level = 'loud'", "log-level: must be 'debug', 'info', 'warning' or 'error'"),
         ("retry = ", "is not valid TOML"),
@@ -267,6 +270,7 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, says: 
     with pytest.raises(ConfigError) as caught:
         load_text(tmp_path, text)
     assert says in str(caught.value)
+    assert "hunter2" not in str(caught.value)
     assert str(tmp_path / "config.toml") in str(caught.value)
     assert "\n" not in str(caught.value)
 

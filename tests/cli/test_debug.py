@@ -87,6 +87,7 @@ def test_no_secret_of_the_configuration_the_log_or_a_ref_is_in_it(tmp_path: Path
     (tmp_path / "cache").mkdir(mode=0o700)
     (tmp_path / "cache" / "weightfs.log").write_text(
         f"INFO a line as it should not be: {CANARY}-header, {CANARY}-env, {CANARY}-argv and {CANARY}-hub\n"
+        f"INFO another: {CANARY}-proxy, {CANARY}-https, {CANARY}-all/1\n"
         f"INFO GET https://me:{CANARY}@host/x?sig={CANARY}\n"
     )
     file = tmp_path / "config.toml"
@@ -110,6 +111,7 @@ def test_no_secret_of_the_configuration_the_log_or_a_ref_is_in_it(tmp_path: Path
         MY_SECRET=f"{CANARY}-env",
         HF_TOKEN=f"{CANARY}-hub",
         https_proxy=f"http://me:{CANARY}-https@127.0.0.1:1",
+        all_proxy=f"me:{CANARY}-all/1@127.0.0.1:1",
     )
     assert result.exit_code == 0, result.stderr
     archive = out.read_bytes()

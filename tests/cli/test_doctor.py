@@ -263,6 +263,10 @@ def test_proxies_are_named_without_their_passwords() -> None:
     has(two, PROBLEM, "proxy.lan:3129", "Connection refused")
     assert "hunter2" not in one.text
     has(network.proxies({}, {})[0], OK, "none")
+    # Regression: what is before the slash counted as the host.
+    (wrong,) = network.proxies({"http": "http://me:hunter2/3@proxy.lan:3128"}, {})
+    assert "hunter2" not in wrong.text
+    has(wrong, OK, "proxy.lan:3128")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,14 @@ def test_urls_lose_their_secrets_and_refs_keep_theirs() -> None:
     assert document == {"url": "https://h/f?…", "ref": "https://h/f?sig=1"}
 
 
+def test_no_error_tells_a_secret() -> None:
+    """Regression: it went out as it was, with the query of the ref that it is about."""
+    error = SourceError(
+        "https://h/f?sig=sesame: sent Authorization: Bearer sesame", kind=FailureKind.PROTOCOL
+    )
+    assert "sesame" not in json.dumps(error_to_json(error))
+
+
 @pytest.mark.parametrize("value", [object(), {1, 2}, Inner])
 def test_what_json_cannot_say(value: object) -> None:
     with pytest.raises(TypeError):

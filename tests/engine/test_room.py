@@ -748,3 +748,27 @@ async def test_the_filesystem_keeps_its_free_space(
 def test_the_default_of_min_free() -> None:
     assert room.default_min_free(10 << 40) == 1 << 30
     assert room.default_min_free(20 << 20) == (20 << 20) // 100
+
+
+async def test_a_disk_that_is_full_at_the_end_has_nobody_evicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: for the last chunks, which nobody would fetch again, other models were evicted."""
+    async with models() as (_, refs):
+        with trio.fail_after(SECONDS):
+            async with running_engine(
+                tmp_path / "cache", replace(LAZY, commit_seconds=3600), calm=False
+            ) as engine:
+                ids = await add_all(engine, refs)
+                await read(engine, ids, "a")
+                await engine.quiet()
+                await read(engine, ids, "b", 0, 1)
+
+                def full(*_: object, **__: object) -> None:
+                    raise NoSpaceError("No space left on device")
+
+                monkeypatch.setattr(engine._parts.cache, "commit", full)
+            assert engine.status().evicted_bytes == 0
+        async with running_engine(tmp_path / "cache", LAZY) as engine:
+            assert engine.blob_status(ids["a"]).complete
+            await read(engine, ids, "b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import traceback
 import typing
 from collections.abc import AsyncIterator
 
@@ -92,6 +93,13 @@ def test_a_stream_may_be_cut_anywhere(sent: list[wire.Message], cuts: list[int])
 def test_what_is_not_ours_is_refused(line: bytes) -> None:
     with pytest.raises(wire.BadMessageError):
         wire.decode(line)
+
+
+def test_no_error_quotes_what_may_hold_a_secret() -> None:
+    secret = "%x" % 2**64  # not in the source, which a traceback shows
+    with pytest.raises(wire.BadMessageError) as caught:
+        wire.decode(b'["Hello", {"%s": 1}]' % secret.encode())
+    assert secret not in "".join(traceback.format_exception(caught.value))
 
 
 class Endless(trio.abc.ReceiveStream):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -235,6 +236,44 @@ def test_a_worker_whose_parent_is_another_process_ends_at_once() -> None:
         timeout=SECONDS,
     )
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        # A setting that this version does not know, as an engine of another one might send it.
+        (
+            b'["Hello", {"fetch": {"http://me:sesame@proxy/": 1}, "buffer_bytes": 1}]\n',
+            "KeyError: 'headers'",
+        ),
+        (b'["Alive", {"token": "sesame"}]\n', "BadMessageError"),
+        (b'["Settings", {"fetch": {"x": "sesame"}}]\n', "TypeError"),
+    ],
+)
+def test_a_worker_that_fails_says_so_on_one_line_without_secrets(said: bytes, heard: str) -> None:
+    """Regression: its last word was the interpreter's traceback, as it was."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(said)
+        argv = [
+            sys.executable,
+            "-m",
+            "weightfs.engine.worker",
+            str(theirs.fileno()),
+            str(os.getpid()),
+            "-1",
+        ]
+        done = subprocess.run(
+            argv,
+            check=False,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=SECONDS,
+        )
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, heard in line, "sesame" in line) == (1, True, False), line
 
 
 async def test_hashing_in_a_worker(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Mutant:
 ORIGIN = "faults/test_origin.py::"
 RANGED = "sources/test_ranged.py::"
 RULES = "sources/_rules.py"
+QUOTA = "faults/test_quota.py::test_what_a_quota_does_not_let_in"
 
 
 def _all_ways(fault: str) -> tuple[str, ...]:
@@ -734,6 +735,157 @@ MUTANTS: tuple[Mutant, ...] = (
         "    max_tasks: int = 2048",
         "    max_tasks: int = 99",
         ("mount/test_traps.py::test_hundreds_of_blocked_reads_stop_nobody_else",),
+    ),
+    Mutant(
+        "ENOSPC",
+        "LMDB's lock file is on the disk that is full",
+        "store/index.py",
+        "    with locks_in_memory(directory) as place:\n",
+        "    for place in (directory,):\n",
+        ("store/test_full.py::test_no_signal_ends_who_uses_an_index_on_a_full_disk[ext4-]",),
+    ),
+    Mutant(
+        "ENOSPC",
+        "at the end others are evicted for what nobody will fetch",
+        "engine/room.py",
+        "        if self._fetcher.closed:\n",
+        "        if False:\n",
+        ("engine/test_room.py::test_a_disk_that_is_full_at_the_end_has_nobody_evicted",),
+    ),
+    Mutant(
+        "ENOSPC",
+        "an index whose last page had no room counts as sick",
+        "store/index.py",
+        "                    if self._has_panicked():\n",
+        "                    if False:\n",
+        ("store/test_index.py::test_a_disk_that_is_full_at_the_last_page_of_a_commit_is_not_a_sick_one",),
+    ),
+    Mutant(
+        "EDQUOT",
+        "a worker takes a used-up quota for a sick disk",
+        "engine/worker.py",
+        "(errno.ENOSPC, errno.EDQUOT, errno.EFBIG)",
+        "(errno.ENOSPC, errno.EFBIG)",
+        (f"{QUOTA}_is_read_past_the_cache_and_the_disk_is_not_sick[1]",),
+    ),
+    Mutant(
+        "EDQUOT",
+        "the index does",
+        "store/lmdberrors.py",
+        "number in (errno.ENOSPC, errno.EDQUOT) or",
+        "number == errno.ENOSPC or",
+        (f"{QUOTA}_is_read_past_the_cache_and_the_disk_is_not_sick[1]",),
+    ),
+    Mutant(
+        "EIO",
+        "a write that fails is the worker's own fault",
+        "engine/worker.py",
+        'job, FailureKind.DISK, f"the cache cannot be written',
+        'job, FailureKind.WORKER, f"the cache cannot be written',
+        ("faults/test_sick_disk.py::test_whoever_cannot_write_blames_the_disk_and_no_mirror[chunk-5]",),
+    ),
+    Mutant(
+        "EROFS",
+        "a read-only filesystem is a matter of permissions",
+        "store/disk.py",
+        "DiskFault if error.errno == errno.EROFS else CacheError",
+        "CacheError",
+        ("faults/test_sick_disk.py::test_whoever_cannot_write_blames_the_disk_and_no_mirror[file-30]",),
+    ),
+    Mutant(
+        "EIO",
+        "background goes on while the disk is bypassed",
+        "engine/health.py",
+        "                self._fetcher.feed(plan.Background(on=False))\n",
+        "                pass\n",
+        ("faults/test_sick_disk.py::test_a_fill_that_is_under_way_stops_at_the_bypass",),
+    ),
+    Mutant(
+        "EIO",
+        "what is read past the cache has no bound",
+        "engine/uncached.py",
+        "plan.Capacity(self._limit, self._limit - self._limit // BACKGROUND_PART)",
+        "plan.Capacity(None, None)",
+        ("faults/test_sick_disk.py::test_memory_is_bounded_however_many_read",),
+    ),
+    Mutant(
+        "wrong bytes",
+        "a quarantined file is had from the same mirror again",
+        "engine/repair.py",
+        "        self._fetcher.feed(plan.Refuted(state.id, sources))\n",
+        "",
+        (
+            "engine/test_repair.py::test_reads_past_the_cache_do_not_give_what_was_refuted[from another mirror]",
+        ),
+    ),
+    Mutant(
+        "wrong bytes",
+        "what was refuted is given out past the cache",
+        "engine/repair.py",
+        "        self._uncached.refuted(state, sources)\n",
+        "",
+        (
+            "engine/test_repair.py::test_reads_past_the_cache_do_not_give_what_was_refuted[from another mirror]",
+        ),
+    ),
+    Mutant(
+        "LMDB file missing",
+        "whoever goes on from a copy punches holes",
+        "store/opening.py",
+        "                _whole_all(txn)\n",
+        "                pass\n",
+        ("store/test_opening.py::test_whoever_goes_on_from_a_copy_punches_no_hole_and_says_so_once",),
+    ),
+    Mutant(
+        "LMDB file corrupted",
+        "any copy is a good one",
+        "store/backup.py",
+        '        return hashlib.file_digest(file, "sha256").hexdigest() == copy.stem\n',
+        "        return True\n",
+        ("store/test_opening.py::test_without_a_good_copy_the_index_is_empty_and_no_data_file_is_deleted",),
+    ),
+    Mutant(
+        "LMDB file missing",
+        "a ref that is added is not in the copy",
+        "store/backup.py",
+        "        if time.monotonic() >= self._not_before:\n",
+        "        if False:\n",
+        ("store/test_opening.py::test_a_ref_that_was_added_is_copied_at_once_and_one_copy_is_kept",),
+    ),
+    # ---- secrets: docs/security.md
+    Mutant(
+        "secrets",
+        "the log has what it is given",
+        "logs.py",
+        "        return one_line(redact(self._text(record)))\n",
+        "        return one_line(self._text(record))\n",
+        ("security/test_answers.py::test_the_bundle_the_logs_and_the_manager_are_told_no_secret",),
+    ),
+    Mutant(
+        "secrets",
+        "an error names a ref with its query",
+        "control/documents.py",
+        "    text = redact(str(error))\n",
+        "    text = str(error)\n",
+        ("security/test_answers.py::test_every_answer_names_refs_and_tells_no_secret",),
+    ),
+    Mutant(
+        "secrets",
+        "an origin's line that is no header is quoted",
+        "sources/_connection.py",
+        "    return _QUOTED.split(str(error), maxsplit=1)[0]\n",
+        "    return str(error)\n",
+        (
+            "sources/test_https.py::test_an_origin_that_gives_our_headers_back_does_not_get_them_into_an_error",
+        ),
+    ),
+    Mutant(
+        "secrets",
+        "a token goes to every host",
+        "sources/_client.py",
+        "not given and origin == _rules.origin_of(settings.hf_endpoint)",
+        "not given",
+        ("sources/test_hf.py::test_the_users_headers_are_for_an_endpoint_that_was_configured",),
     ),
 )
 

@@ -6,6 +6,7 @@ read-only. Else they are put where the store touches the disk.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
@@ -22,7 +23,7 @@ from weightfs.core.manifest import BlobId, Policy
 from weightfs.core.plan import Limits
 from weightfs.core.readahead import ReadAhead
 from weightfs.core.ref import Ref
-from weightfs.engine import committer, dropping, health, seal, uncached
+from weightfs.engine import committer, dropping, health, seal, uncached, worker
 from weightfs.engine.engine import Engine
 from weightfs.engine.settings import EngineSettings, FillMode
 from weightfs.errors import DiskFault, FailureKind, NoDescriptorsError, NoSpaceError, ReadError
@@ -275,6 +276,29 @@ def first_error_bypasses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("first_error_bypasses")
+async def test_a_fill_that_is_under_way_stops_at_the_bypass(tmp_path: Path) -> None:
+    """Also where the file itself is sound, so that nothing but the bypass is in the way."""
+    settings = replace(LAZY, fill=FillMode.OPENED, limits=replace(LIMITS, background_jobs=1))
+    async with (
+        published_origin(DATA) as (origin, ref),
+        running_engine(tmp_path / "cache", settings) as engine,
+    ):
+        blob = await added(engine, ref)
+        with trio.fail_after(SECONDS):
+            engine.opened(blob)
+            while not engine.blob_status(blob).present_bytes:
+                await trio.sleep(0)
+            bypass(engine)
+            await engine.quiet()
+            assert engine.blob_status(blob).present_bytes < SIZE
+            asked = bytes_asked(origin)
+            for _ in range(50):
+                await trio.sleep(0.001)
+            assert bytes_asked(origin) == asked
+            engine.released(blob)
+
+
+@pytest.mark.usefixtures("first_error_bypasses")
 async def test_one_chunk_is_fetched_once_for_all_who_want_pieces_of_it(tmp_path: Path) -> None:
     async with published_origin(DATA) as (origin, ref), running_engine(tmp_path / "cache", LAZY) as engine:
         blob = await added(engine, ref)
@@ -396,6 +420,7 @@ async def test_a_model_that_is_removed_leaves_nothing_in_memory(tmp_path: Path) 
                 await engine.remove(str(ref))
         assert engine._parts.uncached.planner.held_bytes == 0
         assert os.fstat(engine._parts.memory.descriptor).st_blocks == 0
+        assert not engine._parts.memory._bases
 
 
 async def gets_told(engine: Engine, blob: BlobId) -> None:
@@ -417,6 +442,40 @@ async def test_what_nobody_reads_any_more_leaves_memory(
             await reads(engine, blob, 0, 4 * CHUNK)
             while engine._parts.uncached.planner.held_bytes:
                 await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("where", ["chunk", "file"])
+async def test_whoever_cannot_write_blames_the_disk_and_no_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
+) -> None:
+    """A write into the page cache seldom fails, even on a sick disk: the errors above are mostly those of syncs."""
+    monkeypatch.setattr(health, "RULES", AT_ONCE)
+
+    write = worker._pwrite_all
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def fails_on_disk(fd: int, data: memoryview, offset: int) -> None:
+        if "memfd" not in os.readlink(f"/proc/self/fd/{fd}"):
+            fails()
+        write(fd, data, offset)
+
+    async with published_origin(DATA) as (_, ref), running_engine(tmp_path / "cache", LAZY) as engine:
+        blob = await added(engine, ref)
+        if where == "chunk":
+            monkeypatch.setattr(worker, "_pwrite_all", fails_on_disk)
+        else:
+            monkeypatch.setattr(os, "ftruncate", fails)
+        with trio.fail_after(SECONDS):
+            await reads(engine, blob, 0, CHUNK)
+            status = engine.status()
+            assert status.disk == "bypassed"
+            assert os.strerror(number) in status.trouble
+            assert [mirror.faults for mirror in status.refs[0].files[0].mirrors] == [0]
+            assert engine.blob_status(blob).present_bytes == 0
+        monkeypatch.undo()
 
 
 async def test_a_full_disk_is_not_a_sick_one(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import random
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -327,6 +328,18 @@ async def test_no_secret_in_any_error(autojump_clock: MockClock) -> None:
                 texts.append(f"{error} {vars(error)}")
         assert len(texts) > 10
         assert not any("sesame" in text for text in texts)
+
+
+async def test_an_origin_that_gives_our_headers_back_does_not_get_them_into_an_error(
+    autojump_clock: MockClock,
+) -> None:
+    """Regression: the line that is no header was quoted, whatever its length."""
+    secret = SHA.hex()  # not in the source, which a traceback shows
+    async with open_origin({PATH: DATA}) as origin:
+        origin.always[PATH] = Fault(K.STATUS, status=200, headers=(("You sent", secret),))
+        with pytest.raises(SourceError, match="illegal header line") as caught:
+            await blob_of(origin.url(PATH), retry=0, headers=(("X-Key", secret),))
+        assert secret not in "".join(traceback.format_exception(caught.value))
 
 
 async def test_users_headers_go_to_the_refs_origin() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import sys
@@ -336,3 +337,31 @@ def test_the_whole_disk_is_full(tmp_path: Path) -> None:
         cache.close()
     finally:
         assert os.system(f"umount {mountpoint}") == 0
+
+
+def test_a_disk_that_is_full_at_the_last_page_of_a_commit_is_not_a_sick_one(tmp_path: Path) -> None:
+    """Regression: LMDB then refuses every further call, which counted as an I/O error, also to who only read."""
+    place = tmp_path / "index"
+    place.mkdir()
+    index = Index.open(place)
+    index.write(lambda txn: txn.put("meta", b"a", b"1"))
+    # The page that names the newest state has a descriptor of its own, whose writes are synced.
+    mine = [int(name) for name in os.listdir("/proc/self/fd")]
+    of_data = [fd for fd in mine if _target(fd) == str(place / "data.mdb")]
+    (newest,) = (fd for fd in of_data if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DSYNC)
+    with open("/dev/full", "r+b", buffering=0) as full:
+        os.dup2(full.fileno(), newest, inheritable=False)
+    with pytest.raises(NoSpaceError):
+        index.write(lambda txn: txn.put("meta", b"b", b"2"))
+    with index.read() as txn:
+        assert txn.get("meta", b"a") == b"1"
+    index.write(lambda txn: txn.put("meta", b"c", b"3"))
+    index.close()
+    assert (place / "closed").exists(), "what was told is on the disk"
+
+
+def _target(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:  # of the listing itself
+        return ""

@@ -104,6 +104,7 @@ def test_a_file_in_place_of_the_directory(root: Path) -> None:
 def test_links_are_not_followed(root: Path, tmp_path: Path, name: str) -> None:
     filled(root)
     target = tmp_path / "target"
+    (root / "index" / "lock.mdb").touch()  # as earlier versions have it
     (root / name).rename(target)
     (root / name).symlink_to(target)
     with pytest.raises(CacheError):
@@ -431,6 +432,44 @@ def test_a_missing_index_is_its_copy(root: Path, caplog: pytest.LogCaptureFixtur
     assert "is missing: its copy takes its place" in caplog.text
     assert cache.progress(sample.id).suspect.full
     assert cache.check(deep=True) == []
+    cache.close()
+
+
+def test_whoever_goes_on_from_a_copy_punches_no_hole_and_says_so_once(root: Path) -> None:
+    """The copy is older than the file, which may have been whole, and lent to readers, since."""
+    sample = Sample.random(4 * K)
+    cache = Cache.open(root, now=1)
+    cache.put_ref(sample.manifest(), now=1)
+    sample.land(cache, range(2))
+    assert not cache.progress(sample.id).use.whole
+    cache.close()
+    spoil(root, "gone")
+    cache = Cache.open(root, now=1)
+    assert cache.progress(sample.id).use.whole
+    assert cache.evict(sample.id, [0]) is None  # its bytes stay
+    cache.evict(sample.id)  # as a whole it may go, and with it the mark
+    sample.land(cache, range(1))
+    cache.close()
+    cache = Cache.open(root, now=1)
+    assert not cache.progress(sample.id).use.whole
+    assert cache.was_clean
+    cache.close()
+
+
+def test_a_ref_that_was_added_is_copied_at_once_and_one_copy_is_kept(root: Path) -> None:
+    sample = filled(root)
+    (before,) = (root / "index.copy").iterdir()
+    cache = Cache.open(root, now=1)
+    cache.put_ref(Sample.random(K).manifest(ref="https://host/other"), now=1)
+    (after,) = (root / "index.copy").iterdir()
+    assert before != after
+    crashed = root.with_name("crashed")
+    shutil.copytree(root, crashed)
+    cache.close()
+    spoil(crashed, "gone")
+    cache = Cache.open(crashed, now=1)
+    assert len(cache.refs()) == 2
+    assert cache.progress(sample.id).present.full
     cache.close()
 
 

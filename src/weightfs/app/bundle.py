@@ -24,7 +24,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import trio
 
@@ -140,11 +140,8 @@ def secrets_of(options: Mapping[str, Any], file: Path | None, env: Mapping[str, 
 
 
 def _userinfo(url: str) -> set[str]:
-    try:
-        parts = urlsplit(url)
-        password = parts.password or ""
-    except ValueError:
-        return set()
+    """The password of a proxy, which may lack its scheme and may have been written wrongly, with a slash in it."""
+    password = url.rpartition("://")[2].rpartition("@")[0].partition(":")[2]
     return {password, unquote(password)}
 
 

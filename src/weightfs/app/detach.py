@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from weightfs.control.documents import error_from_json, error_to_json
 from weightfs.errors import CacheError, DaemonError, WeightfsError
+from weightfs.logs import one_line, redact, traceback_of
 
 Ready = Callable[[Sequence[str]], None]
 MAX_LINE = 64 * 1024
@@ -99,11 +100,10 @@ def _child(work: Callable[[Ready], int], output: int, writing: int, on_start: Ca
     except WeightfsError as error:
         code = error.exit_code
         tell(error_to_json(error))
-        print(f"weightfs: {error}", file=sys.stderr)  # noqa: T201  # the log file: after the parent has gone
+        # Into the log file, after the parent has gone.
+        print(f"weightfs: {one_line(redact(str(error)))}", file=sys.stderr)  # noqa: T201
     except BaseException as error:  # noqa: BLE001  # the process ends here, with a word and a code
-        import traceback
-
-        traceback.print_exc()
+        print(traceback_of(error), end="", file=sys.stderr)  # noqa: T201
         text = f"the daemon failed in a way it should not ({type(error).__name__}); its log has the details"
         tell({"error": text, "kind": "DaemonError", "exit_code": DaemonError.exit_code})
     finally:

@@ -59,9 +59,9 @@ def report(error: BaseException, *, verbose: bool) -> int:
     error = most_telling(error)
     code, text = _verdict(error)
     if verbose and not isinstance(error, click.exceptions.Exit | click.Abort | Stopped | KeyboardInterrupt):
-        import traceback
+        from weightfs.logs import traceback_of
 
-        traceback.print_exception(error)
+        click.echo(traceback_of(error), err=True, nl=False)
     elif code == 1 and text:
         text += "; run it again with -v for the traceback"
     if text:

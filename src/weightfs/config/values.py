@@ -233,8 +233,12 @@ def _proxy(value: str) -> str:
         or not rest
         or not rest.isprintable()
         or " " in rest
+        # In a password they would end the host: no client understands it, and half of it would count as the host.
+        or re.search(r"[/?#]", rest.removesuffix("/"))
     ):
-        raise ValueError("a proxy is written http://host:port or https://host:port")
+        raise ValueError(
+            "a proxy is written http://host:port or https://host:port, and / ? # in a password as %2F %3F %23"
+        )
     return value
 
 

@@ -17,7 +17,7 @@ import weightfs.errors
 from weightfs.control.ports import Document
 from weightfs.core.manifest import BlobId
 from weightfs.errors import DaemonError, FailureKind, ReadError, SourceError, WeightfsError
-from weightfs.logs import redact_url
+from weightfs.logs import redact, redact_url
 
 MAX_DEPTH: Final = 16
 RENDERED_DEPTH: Final = 4  # refs, one, its files, one: what is below is a small piece
@@ -106,8 +106,9 @@ def exit_code_of(error: WeightfsError) -> int:
 
 
 def error_to_json(error: WeightfsError) -> Document:
-    """`{error, kind, exit_code}`, and `failure` for those with a FailureKind."""
-    document: Document = {"error": str(error), "kind": type(error).__name__, "exit_code": exit_code_of(error)}
+    """`{error, kind, exit_code}`, and `failure` for those with a FailureKind. No query is in it, not even a ref's."""
+    text = redact(str(error))
+    document: Document = {"error": text, "kind": type(error).__name__, "exit_code": exit_code_of(error)}
     if isinstance(error, SourceError | ReadError):
         document["failure"] = error.kind.value
     return document

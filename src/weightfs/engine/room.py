@@ -330,6 +330,8 @@ class Room:
         if self._evicting.statistics().owner is trio.lowlevel.current_task():
             # A commit that an eviction begins with. If that is for the sake of a full disk, there will be room.
             return self._relieving
+        if self._fetcher.closed:
+            return False  # nothing is fetched again, so that nobody has to go for it
         made = self._reliefs
         async with self._evicting:
             if 0 < job < state.relieved or self._reliefs != made:

@@ -220,8 +220,9 @@ def decode(line: bytes) -> Message:
     try:
         name, fields = json.loads(line)
         message: Message = _TYPES[name](**fields)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadMessageError(f"not a worker message: {line[:80]!r}") from error
+    except (ValueError, TypeError, KeyError, RecursionError):
+        # It is not quoted, and what was made of it is not shown: there may be secrets in it.
+        raise BadMessageError(f"not a worker message ({len(line)} bytes)") from None
     return message
 
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import logging
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from weightfs.engine.causes import one_cause
 from weightfs.engine.hashjob import PatientHasher
 from weightfs.engine.origins import Origins
 from weightfs.errors import FailureKind, SourceError
+from weightfs.logs import set_up, traceback_of
 from weightfs.sources import open_source, schemes
 from weightfs.sources.base import FetchSettings, Source
 from weightfs.stacks import tell_on_signal
@@ -44,6 +46,8 @@ _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 
 Send = Callable[[wire.FromWorker], Awaitable[None]]
+
+log = logging.getLogger(__name__)
 
 
 class _Buffers:
@@ -374,7 +378,12 @@ def main() -> None:
         except* trio.BrokenResourceError:
             pass  # the engine is gone, and so are we
 
-    trio.run(run)
+    set_up("warning")  # on stderr, which is the daemon's
+    try:
+        trio.run(run)
+    except Exception as error:  # noqa: BLE001  # the process ends here
+        log.critical("The fetch worker failed: %s", traceback_of(error))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

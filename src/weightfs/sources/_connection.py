@@ -15,6 +15,7 @@ counted here and handed on as it came from the stream. Rules:
 from __future__ import annotations
 
 import enum
+import re
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from weightfs.sources._stream import BulkStream
 MAX_HEAD_BYTES = 64 * 1024  # status line and all headers
 MAX_INTERIM_RESPONSES = 8  # 100, 103: RFC 9110 section 15.2 allows any number
 _IDEMPOTENT = (b"GET", b"HEAD")
+_QUOTED = re.compile(r"""[: ]*(?:bytearray\()?b['"]""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ class BulkConnection(httpcore.AsyncConnectionInterface):
             head = machine.send(h11.Request(method=request.method, target=target, headers=headers))
             end = machine.send(h11.EndOfMessage())
         except h11.LocalProtocolError as error:
-            raise httpcore.LocalProtocolError(str(error)) from error
+            raise httpcore.LocalProtocolError(_unquoted(error)) from None
         await self._stream.write((head or b"") + (end or b""), timeout)
 
     def release(self, *, reusable: bool) -> None:
@@ -302,7 +304,7 @@ async def next_event(
         try:
             event = machine.next_event()
         except h11.RemoteProtocolError as error:
-            raise (EndedError if ended else httpcore.RemoteProtocolError)(str(error)) from error
+            raise (EndedError if ended else httpcore.RemoteProtocolError)(_unquoted(error)) from None
         if event is not h11.NEED_DATA:
             return event
         try:
@@ -349,6 +351,11 @@ def _has_header(head: h11.Response, wanted: bytes) -> bool:
 def _has_token(head: h11.Response, header: bytes, token: bytes) -> bool:
     values = (value for name, value in head.headers if name == header)
     return any(token == part.strip().lower() for value in values for part in value.split(b","))
+
+
+def _unquoted(error: h11.ProtocolError) -> str:
+    """What h11 says, without the line that it is about: that may have 64 KiB, and give back our own headers."""
+    return _QUOTED.split(str(error), maxsplit=1)[0]
 
 
 def _host(origin: httpcore.Origin) -> str:

@@ -31,6 +31,7 @@ Rules that hold here:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -48,6 +49,7 @@ from weightfs.errors import CacheError, DiskFault
 from weightfs.store import probe
 from weightfs.store.disk import disk_errors, reserve
 from weightfs.store.lmdberrors import DAMAGED, HEADROOM, MapIsFullError, corrupt, lmdb_errors
+from weightfs.store.readers import locks_in_memory
 from weightfs.store.records import RecordError, seal, unseal
 
 log = logging.getLogger(__name__)
@@ -184,8 +186,23 @@ class Index:
                 # environment: with busy readers that took minutes. So they wait outside for it.
                 with self._gate.exclusive():
                     txn.abort()
+                    if self._has_panicked():
+                        self._doubted = True
+                        # At once: else readers would be told of a sick disk, where it may only be full.
+                        with contextlib.suppress(CacheError):
+                            self._reopen()
                 raise
         return result
+
+    def _has_panicked(self) -> bool:
+        """Whether LMDB refuses every further call, since the page that names the newest state was not written."""
+        try:
+            self._env.begin().abort()
+        except lmdb.PanicError:
+            return True
+        except lmdb.Error:
+            pass
+        return False
 
     def close(self) -> None:
         """Close it, and note what the file is, so that the next start need not walk it; not if a write failed last."""
@@ -227,8 +244,12 @@ class Index:
         that names the newest state could not be written (MDB_PANIC). The whole file is read once before it is mapped:
         an error is one of `read(2)` then, and not a SIGBUS; until that succeeds, nothing can be read of it.
         """
+        with self._gate.exclusive():
+            self._reopen()
+
+    def _reopen(self) -> None:
         data = self.directory / "data.mdb"
-        with self._gate.exclusive(), lmdb_errors(self.directory), disk_errors(f"read {data} again"):
+        with lmdb_errors(self.directory), disk_errors(f"read {data} again"):
             descriptor = os.open(data, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 os.fdatasync(descriptor)  # while it goes on failing, what is there can be read
@@ -307,9 +328,10 @@ class Index:
 
 def _open(directory: Path, map_size: int) -> tuple[lmdb.Environment, dict[str, lmdb._Database]]:
     """lmdb.Error."""
-    env = lmdb.open(
-        os.fspath(directory), map_size=map_size, max_dbs=32, mode=0o700, max_readers=512, readahead=False
-    )
+    with locks_in_memory(directory) as place:
+        env = lmdb.open(
+            os.fspath(place), map_size=map_size, max_dbs=32, mode=0o700, max_readers=512, readahead=False
+        )
     try:
         env.reader_check()
         return env, {name: env.open_db(name.encode()) for name in TABLES}

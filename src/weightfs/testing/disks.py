@@ -77,9 +77,9 @@ def shelf(place: Path) -> Iterator[Path]:
     image.unlink()
 
 
-def make_disk(image: Path, filesystem: str) -> None:
+def make_disk(image: Path, filesystem: str, *, size: int = IMAGE_BYTES) -> None:
     """An empty filesystem in a new image."""
-    _make(image, filesystem, IMAGE_BYTES)
+    _make(image, filesystem, size)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
-from urllib.parse import urlsplit
 
 from weightfs.app.doctor.verdicts import Verdict, ok, problem, warning
 from weightfs.errors import FailureKind, SourceError, WeightfsError
@@ -89,8 +89,8 @@ def representatives(
 
 
 def authority(url: str) -> str:
-    """Host and port of a URL, without what may be secret."""
-    return urlsplit(url if "://" in url else f"//{url}").netloc.rpartition("@")[2]
+    """Host and port of a URL, without what may be secret: a password may be written wrongly, with a slash in it."""
+    return re.split(r"[/?#]", url.rpartition("://")[2].rpartition("@")[2], maxsplit=1)[0]
 
 
 def _plain(text: str) -> str:
