@@ -41,8 +41,8 @@ LOG_FILE_BYTES: Final = 10 * 1024 * 1024  # of each of the two files that a deta
 _SCHEME = r"[a-zA-Z][a-zA-Z0-9+.-]{1,15}"
 # A URL may hold an apostrophe. Where one stands before it, it is `repr`'s, and the next one ends the URL.
 _URL = re.compile(rf"(?:(?<=')({_SCHEME})://([^\s'\"<>]+)|\b({_SCHEME})://([^\s\"<>]+))")
-_AUTHORITY = re.compile(r"(?:\[[^]]*\]|[^:]*)(?::\d*)?[.,:;)\]}]*")
-_DIGEST = re.compile(r"sha256=[0-9a-fA-F]+[.,:;)\]}]*")
+_AUTHORITY = re.compile(r"(?:\[[^]]*\]|[^:]*)(?::\d*)?[.,:;)\]}`']*")
+_DIGEST = re.compile(r"sha256=[0-9a-fA-F]+[.,:;)\]}`']*")
 _NAMED = re.compile(
     r"(?i)(?P<name>\b(?:proxy-)?authorization|\bx-api-key|\bapi[-_]key|\bset-cookie|\bcookie"
     r"|(?:\b|(?<=_))(?:password|secret|token))"

@@ -360,7 +360,7 @@ def test_a_report_for_people() -> None:
         f"{REF}: DAMAGED, 5 chunks (5.0 MiB) checked",
         "    m.gguf: chunk 3 is damaged",
     ]
-    assert "--repair" in verdict([report_], repair=False)
+    assert "fetched again when it is wanted" in verdict([report_], repair=False)
     assert "pull it again" in verdict([report_], repair=True)
     assert "weightfs repair" in verdict([{**report_, "quarantined": ["m.gguf"]}], repair=True)
 

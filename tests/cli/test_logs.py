@@ -59,6 +59,7 @@ def record(message: str, *args: object, level: int = logging.WARNING) -> logging
         ),
         ("a proxy is written http://host:port", "a proxy is written http://host:port"),
         ("https://h/f#sha256=ff: gone", "https://h/f#sha256=ff: gone"),
+        ("`weightfs add https://h/f#sha256=ff` does it", "`weightfs add https://h/f#sha256=ff` does it"),
         ("to https://h/f#access_token=abc", "to https://h/f#…"),
         ("{'hf_token': 'abc'}, client_secret=abc", "{'hf_token': '***'}, client_secret=***"),
         ("nothing to hide", "nothing to hide"),
