@@ -769,14 +769,6 @@ MUTANTS: tuple[Mutant, ...] = (
         (f"{QUOTA}_is_read_past_the_cache_and_the_disk_is_not_sick[1]",),
     ),
     Mutant(
-        "EDQUOT",
-        "the index does",
-        "store/lmdberrors.py",
-        "number in (errno.ENOSPC, errno.EDQUOT) or",
-        "number == errno.ENOSPC or",
-        (f"{QUOTA}_is_read_past_the_cache_and_the_disk_is_not_sick[1]",),
-    ),
-    Mutant(
         "EIO",
         "a write that fails is the worker's own fault",
         "engine/worker.py",
