@@ -18,6 +18,7 @@ from weightfs.core.manifest import (
     Policy,
     Trust,
     check_path,
+    weakest,
 )
 
 DIGEST = hashlib.sha256(b"content").digest()
@@ -137,3 +138,10 @@ def test_what_passes_stays_below_its_directory(path: str) -> None:
         assert depth > 0
         assert name not in ("", ".")
         assert "\0" not in name
+
+
+def test_the_weakest_is_what_can_be_said_of_all() -> None:
+    order = [Trust.QUARANTINED, Trust.UNVERIFIABLE, Trust.PROVISIONAL, Trust.ATTESTED, Trust.VERIFIED]
+    for number, trust in enumerate(order):
+        assert weakest(reversed(order[number:])) is trust
+    assert weakest([]) is Trust.VERIFIED

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
@@ -42,10 +43,9 @@ def forget(path: Path) -> None:
         os.close(descriptor)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole once"])
-def test_a_chunk_that_is_written_again_after_a_failed_sync_is_on_the_disk(
-    disk: SickDisk, whole: bool
-) -> None:
+@contextmanager
+def sick_then_renewed(disk: SickDisk, *, whole: bool) -> Iterator[tuple[Cache, Sample]]:
+    """A cache with the first two chunks of eight, on a disk that refuses writes meanwhile; then it takes all again."""
     sample = Sample.random(8 * CHUNK, chunk_length=CHUNK)
     cache = Cache.open(disk.directory / "cache", now=0)
     try:
@@ -54,9 +54,7 @@ def test_a_chunk_that_is_written_again_after_a_failed_sync_is_on_the_disk(
         if whole:
             cache.drop(sample.id, ChunkSpan(2, 8), punch=False)
         disk.refuse(writes=True)
-        landings = sample.write(cache, range(2, 8))
-        with pytest.raises(DiskFault):
-            cache.commit(landings, now=1)
+        yield cache, sample
         disk.refuse()
         doubt = cache.doubt(sample.id)
         assert doubt is not None
@@ -68,6 +66,16 @@ def test_a_chunk_that_is_written_again_after_a_failed_sync_is_on_the_disk(
         assert list(cache.progress(sample.id).present) == list(range(8))
     finally:
         cache.close()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole once"])
+def test_a_chunk_that_is_written_again_after_a_failed_sync_is_on_the_disk(
+    disk: SickDisk, whole: bool
+) -> None:
+    with sick_then_renewed(disk, whole=whole) as (cache, sample):
+        landings = sample.write(cache, range(2, 8))
+        with pytest.raises(DiskFault):
+            cache.commit(landings, now=1)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole once"])
@@ -75,30 +83,12 @@ def test_what_was_lost_before_a_renewal_is_no_fault_of_what_lands_after_it(
     disk: SickDisk, whole: bool
 ) -> None:
     """Regression: the kernel told of old pages at the first sync after it, on a disk that was well again."""
-    sample = Sample.random(8 * CHUNK, chunk_length=CHUNK)
-    cache = Cache.open(disk.directory / "cache", now=0)
-    try:
-        cache.put_ref(sample.manifest(), now=0)
-        sample.land(cache, range(8) if whole else range(2))
-        if whole:
-            cache.drop(sample.id, ChunkSpan(2, 8), punch=False)
-        disk.refuse(writes=True)
+    with sick_then_renewed(disk, whole=whole) as (cache, sample):
         with pytest.raises(DiskFault):
             cache.commit(sample.write(cache, range(2, 4)), now=1)
         sample.write(cache, range(4, 8))  # a fetch that was under way
         with pytest.raises(OSError, match=os.strerror(errno.EIO)):
             write_back(cache.path(sample.id))
-        disk.refuse()
-        doubt = cache.doubt(sample.id)
-        assert doubt is not None
-        cache.renew(sample.id)
-        cache.forgive(sample.id, doubt)
-        sample.land(cache, range(2, 8))
-        forget(cache.path(sample.id))
-        assert cache.check(deep=True) == []
-        assert list(cache.progress(sample.id).present) == list(range(8))
-    finally:
-        cache.close()
 
 
 def write_back(path: Path) -> None:

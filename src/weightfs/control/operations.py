@@ -20,7 +20,7 @@ from weightfs.control.documents import to_json
 from weightfs.control.jobs import Jobs
 from weightfs.control.metrics import MountMeasures
 from weightfs.control.ports import BlobStatusLike, Document, EngineLike, StoredRefLike
-from weightfs.core.manifest import Blob, Entry, Trust
+from weightfs.core.manifest import Blob, Entry, Trust, weakest
 from weightfs.core.names import identity
 from weightfs.core.ref import Ref, parse_ref
 from weightfs.engine.settings import FillMode
@@ -40,14 +40,6 @@ FILL_MODES: Final = (*(mode.value for mode in FillMode), DEFAULT_FILL)
 
 # Of one ref, in `status`: what `top` and people look at. A file takes some 1,300 bytes, and a client reads 64 MiB.
 FILES_AT_MOST: Final = 2000
-
-_WEAKEST_FIRST: Final = (
-    Trust.QUARANTINED,
-    Trust.UNVERIFIABLE,
-    Trust.PROVISIONAL,
-    Trust.ATTESTED,
-    Trust.VERIFIED,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +81,7 @@ class EngineOperations:
         found = await self._engine.survey(FILES_AT_MOST)
         told = await trio.to_thread.run_sync(to_json, found)
         document: Document = {**told, **await self.health()}
-        sums = {stored.manifest.ref: await self._sums(stored) for stored in self._engine.refs()}
-        document["refs"] = [{**ref, **sums.get(ref["ref"], {})} for ref in document["refs"]]
+        document["refs"] = [{**ref, "fill": ref["fill"] or DEFAULT_FILL} for ref in document["refs"]]
         return document
 
     async def inflight(self) -> Document:
@@ -283,9 +274,6 @@ class EngineOperations:
     async def _ref_document(self, stored: StoredRefLike) -> Document:
         return await trio.to_thread.run_sync(_document_of, stored, await self._blobs(stored))
 
-    async def _sums(self, stored: StoredRefLike) -> Document:
-        return await trio.to_thread.run_sync(_sums_of, stored, await self._blobs(stored))
-
     async def _blobs(self, stored: StoredRefLike) -> list[tuple[Entry, BlobStatusLike]]:
         """Each file of a ref, but those that are removed meanwhile: readers come between."""
         found: list[tuple[Entry, BlobStatusLike]] = []
@@ -319,32 +307,21 @@ async def _in_time(ref: str, answer: Awaitable[T]) -> T:
         ) from None
 
 
-def _sums_of(stored: StoredRefLike, blobs: Sequence[tuple[Entry, BlobStatusLike]]) -> Document:
-    """What there is to say of a ref as a whole; each blob counts once."""
-    unique = {entry.blob.id: status for entry, status in blobs}
-    sizes = {entry.blob.id: entry.blob.size for entry, _ in blobs}
-    trusts = {str(status.trust) for status in unique.values()}
-    return {
-        "size_bytes": sum(sizes.values()),
-        "present_bytes": sum(status.present_bytes for status in unique.values()),
-        "complete": all(status.complete for status in unique.values()),
-        "trust": next((str(trust) for trust in _WEAKEST_FIRST if trust in trusts), Trust.VERIFIED.value),
-        "fill": stored.fill or DEFAULT_FILL,
-    }
-
-
 def _document_of(stored: StoredRefLike, blobs: Sequence[tuple[Entry, BlobStatusLike]]) -> Document:
     manifest = stored.manifest
-    sums = _sums_of(stored, blobs)
+    unique = {entry.blob.id: (entry.blob.size, status) for entry, status in blobs}.values()
     return {
         "ref": manifest.ref,
         "revision": manifest.revision,
         "added_at": stored.added_at,
         "pinned": stored.pinned,
         "paused": stored.paused,
-        "fill": sums.pop("fill"),
+        "fill": stored.fill or DEFAULT_FILL,
         "previous": list(stored.previous),
-        **sums,
+        "size_bytes": sum(size for size, _ in unique),
+        "present_bytes": sum(status.present_bytes for _, status in unique),
+        "complete": all(status.complete for _, status in unique),
+        "trust": weakest(Trust(status.trust) for _, status in unique).value,
         "blobs": [
             {"path": f"models/{manifest.tree}/{entry.path}", **_blob_document(entry.blob, status)}
             for entry, status in blobs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from weightfs.core.geometry import BlobShape, ByteSpan
@@ -28,6 +29,14 @@ class Trust(enum.StrEnum):
     VERIFIED = "verified"
     UNVERIFIABLE = "unverifiable"
     QUARANTINED = "quarantined"
+
+
+_WEAKEST_FIRST = (Trust.QUARANTINED, Trust.UNVERIFIABLE, Trust.PROVISIONAL, Trust.ATTESTED, Trust.VERIFIED)
+
+
+def weakest(trusts: Iterable[Trust]) -> Trust:
+    """What can be said of all of them together; VERIFIED if there are none."""
+    return min(trusts, key=_WEAKEST_FIRST.index, default=Trust.VERIFIED)
 
 
 class Policy(enum.StrEnum):

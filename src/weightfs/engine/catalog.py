@@ -120,9 +120,8 @@ class Catalog:
 
     def load(self) -> None:
         """Read everything from the index, and delete what no ref names. Blocks; before anything else."""
-        if (
-            orphans := self._cache.orphans()
-        ):  # left by a ref that moved on, or by a removal that was cut short
+        # Left by a ref that moved on, or by a removal that was cut short.
+        if orphans := self._cache.orphans():
             try:
                 freed = self._cache.delete_blobs(orphans)
             except CacheError as error:

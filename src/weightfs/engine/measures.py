@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import trio
 
@@ -22,11 +21,9 @@ from weightfs.engine.fetcher import Fetcher
 from weightfs.engine.holdings import Holdings
 from weightfs.engine.room import Room
 from weightfs.engine.tally import HistogramMeasures, Tally
+from weightfs.engine.turns import in_turns
 from weightfs.engine.workers import WorkerPool
 from weightfs.errors import FailureKind
-
-# Blobs that are gone through before readers get their turn: some milliseconds.
-SLICE: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +131,8 @@ async def _sum_up(states: Sequence[BlobState], planner: Planner) -> BlobMeasures
     """Goes through the blobs, a slice at a time: with 100,000 of them readers have their turns all the while."""
     trusts = dict.fromkeys((trust.value for trust in Trust), 0)
     complete = filling = unfetchable = handles = nbytes = present = 0
-    for start in range(0, len(states), SLICE):
-        for state in states[start : start + SLICE]:
+    for turn in in_turns(states):
+        for state in turn:
             trusts[state.trust.value] += 1
             nbytes += state.shape.size
             present += state.present_bytes

@@ -223,9 +223,8 @@ class Parts:
 
     async def quiet(self) -> None:
         """Wait until nothing is in flight and everything is durable and sealed as far as it can be. For tests."""
-        await (
-            self.committer.flush()
-        )  # waits for a commit that is being done, too: it is not `pending` any more
+        # Waits for a commit that is being done, too: it is not `pending` any more.
+        await self.committer.flush()
         while not (
             self.planner.idle()
             and self.uncached.planner.idle()

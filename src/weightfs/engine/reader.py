@@ -284,10 +284,8 @@ class Reader:
 
     def _observe(self, state: BlobState, span: ByteSpan, *, stalled: bool) -> None:
         window = state.readahead.observe(span, stalled)
-        if not self._holdings.pinned(
-            state
-        ):  # removed while its bytes came: nothing is fetched for it any more
-            return
+        if not self._holdings.pinned(state):
+            return  # removed while its bytes came: nothing is fetched for it any more
         if window is not None and not state.complete and not state.present.covers(window):
             if self._goes_past(state):
                 self._uncached.want(state, window)

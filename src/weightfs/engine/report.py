@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from weightfs.core.attribution import FaultCounts
-from weightfs.core.manifest import BlobId
+from weightfs.core.manifest import BlobId, Trust, weakest
 from weightfs.core.planner import Planner
 from weightfs.core.ref import without_secrets
 from weightfs.engine.blobs import BlobState
@@ -37,6 +37,8 @@ class RefReport:
     def _describe(self, stored: StoredRef) -> Iterator[None]:
         entries = stored.manifest.entries
         wrong, fetched, waiting = FaultCounts(), 0, 0
+        size, present, complete = 0, 0, True
+        trusts: set[Trust] = set()
         seen: set[BlobId] = set()
         news: list[int] = []
         others: list[int] = []
@@ -52,6 +54,10 @@ class RefReport:
                     wrong += state.faults.counts
                     fetched += state.fetched_bytes
                     waiting += readers
+                    size += state.shape.size
+                    present += state.present_bytes
+                    complete = complete and state.complete
+                    trusts.add(state.trust)
             yield
         chosen = sorted([*news, *others][: self._most])
         files: list[FileStatus] = []
@@ -71,6 +77,10 @@ class RefReport:
                 fill=stored.fill,
                 files=tuple(files),
                 wrong=wrong,
+                size_bytes=size,
+                present_bytes=present,
+                complete=complete,
+                trust=weakest(trusts),
                 files_left_out=len(news) + len(others) - len(chosen),
                 fetched_bytes=fetched,
                 waiting_readers=waiting,

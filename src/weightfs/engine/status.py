@@ -70,7 +70,7 @@ class FileStatus:
 class RefStatus:
     """One ref and its files, or those of them that there is most to tell of; the rest is counted.
 
-    `fetched_bytes`, `waiting_readers` and `wrong` are of all of them, each blob once.
+    All but `files` is of all of them, each blob once.
     """
 
     ref: str
@@ -81,9 +81,13 @@ class RefStatus:
     fill: str  # the mode that was set for this ref, or ""
     files: tuple[FileStatus, ...]
     wrong: FaultCounts
-    files_left_out: int = 0
-    fetched_bytes: int = 0
-    waiting_readers: int = 0
+    size_bytes: int
+    present_bytes: int
+    complete: bool
+    trust: str  # the weakest of any
+    files_left_out: int
+    fetched_bytes: int
+    waiting_readers: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,12 +86,11 @@ class Recorder:
             whole = evicting.load_use(txn, blob).whole
         absent = ChunkSet(shape.chunk_count, range(shape.chunk_count))
         absent.difference(present)
-        if whole or not evicting.give_back(self._files, blob, shape, absent):
-            # Somebody may have the file mapped: no holes. Pages that he has mapped stay, all others go.
-            self._settle(blob)
+        # Of a file that somebody may have mapped: no holes. Pages that he has mapped stay, all others go.
+        punched = not whole and evicting.give_back(self._files, blob, shape, absent)
+        self._settle(blob)
+        if not punched:
             self._files.forget_pages(blob, ByteSpan(0, shape.size))
-        else:
-            self._settle(blob)
 
     def _settle(self, blob: BlobId) -> None:
         """Sync, past what the kernel has still to tell of bytes that it lost earlier: none of them is recorded."""

@@ -251,7 +251,11 @@ class FakeControlEngine:
     async def survey(self, files_at_most: int) -> dict[str, Any]:  # noqa: ARG002
         """A small part of the engine's."""
         self._fail()
-        refs = [{"ref": name, "files": []} for name in self.stored]
+        refs = []
+        for name, stored in self.stored.items():
+            size, present = self.progress(name)
+            sums = {"size_bytes": size, "present_bytes": present}
+            refs.append({"ref": name, "files": [], "fill": stored.fill, **sums})
         return {"uptime": float("inf"), "refs": refs, "jobs": [], "padding": self.padding}
 
 
